@@ -1,0 +1,11 @@
+"""Balanced learning (Libra R-CNN) for Detectron2. Importing this package registers everything."""
+
+from balanced_d2.compat import no_torchscript_warnings
+
+with no_torchscript_warnings():
+    from balanced_d2 import data, modeling  # noqa: F401  # registration
+    from balanced_d2.config import add_balanced_config, load_config
+
+__version__ = "0.1.0"
+
+__all__ = ["add_balanced_config", "load_config"]

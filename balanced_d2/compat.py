@@ -1,0 +1,32 @@
+"""What differs between the versions of Detectron2 and of the libraries around it."""
+
+import contextlib
+import types
+import warnings
+
+
+@contextlib.contextmanager
+def no_torchscript_warnings():
+    """Within it, ``import detectron2`` does not warn that ``torch.jit`` is deprecated.
+
+    Both Detectron2 0.6 and main script some of their functions when they are imported.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*torch\.jit\..* is (deprecated|not supported)")
+        yield
+
+
+def mend_lvis() -> None:
+    """Let ``lvis`` (0.5.3, its last release) run on current NumPy, where ``np.float`` is gone.
+
+    Only the module ``lvis.eval`` sees the alias; NumPy itself is not changed.
+    """
+    try:
+        import lvis.eval
+    except ImportError:  # an optional package; Detectron2's evaluator says how to get it
+        return
+    if hasattr(lvis.eval.np, "float"):
+        return
+    numpy = types.ModuleType("numpy")
+    numpy.__dict__.update(lvis.eval.np.__dict__, float=float)
+    lvis.eval.np = numpy

@@ -1,0 +1,100 @@
+"""The project's config keys, and loading of configs with errors that name the key."""
+
+import difflib
+import re
+from contextlib import contextmanager
+from typing import Iterator, Sequence
+
+import yaml
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from balanced_d2.errors import UserError
+
+
+def add_balanced_config(cfg: CN) -> None:
+    """Add the keys of balanced_d2 to a Detectron2 config. No key that is there changes."""
+    # Balanced feature pyramid, for the builders `build_balanced_*_fpn_backbone`.
+    cfg.MODEL.BALANCED_FPN = CN()
+    # False: the same builders give Detectron2's plain FPN.
+    cfg.MODEL.BALANCED_FPN.ENABLED = True
+    # The level, counted from the finest, at whose resolution the levels are averaged and refined:
+    # 2 for P2-P6, 1 for P3-P7 (stride 16 in both).
+    cfg.MODEL.BALANCED_FPN.REFINE_LEVEL = 2
+    # What refines the averaged features: "none", "conv" (3x3) or "non_local".
+    cfg.MODEL.BALANCED_FPN.REFINE_TYPE = "non_local"
+
+    # Sampling of proposals, for BalancedROIHeads.
+    # Negatives: "random" as in Detectron2, or "iou_balanced", evenly over bins of IoU.
+    cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "iou_balanced"
+    # Positives: "random" as in Detectron2, or "instance_balanced", evenly over the ground truth.
+    cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
+    # Into how many bins the IoU of negatives is split.
+    cfg.MODEL.ROI_HEADS.NUM_BINS = 3
+
+    # Balanced L1, for BalancedROIHeads with MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE "balanced_l1".
+    # How much the gradient of inliers rises: the smaller, the more.
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1_ALPHA = 0.5
+    # The gradient of outliers.
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1_GAMMA = 1.5
+    # Where outliers begin, in units of the (weighted) box deltas.
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1_BETA = 1.0
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+    """Detectron2's defaults and this project's, then a YAML file, then ``KEY VALUE`` pairs.
+
+    Raises:
+        UserError: naming the file or key that is wrong.
+    """
+    cfg = get_cfg()
+    add_balanced_config(cfg)
+    if config_file:
+        with _told_as(f"config file {config_file}", cfg):
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+    if len(opts) % 2:
+        raise UserError(f"config options come as KEY VALUE pairs; {opts[-1]!r} has no value")
+    with _told_as("command line", cfg):
+        cfg.merge_from_list(list(opts))
+    return cfg
+
+
+@contextmanager
+def _told_as(source: str, cfg: CN):
+    """Turn what a mistake in ``source`` raises, within yacs or the YAML parser, into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{source}: cannot read {error.filename}: {error.strerror}") from error
+    except (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        message = str(error.args[0]) if error.args else type(error).__name__
+        if isinstance(error, yaml.YAMLError):
+            message = " ".join(f"not valid YAML: {error}".split())
+        raise UserError(f"{source}: {_explain(message, cfg)}") from error
+
+
+def _explain(message: str, cfg: CN) -> str:
+    """What yacs says of a wrong key or value, in words for the user."""
+    unknown = re.match(r"Non-existent (?:config )?key: (\S+)", message)
+    if unknown:
+        close = difflib.get_close_matches(unknown[1], _keys(cfg), n=1)
+        return f"there is no key {unknown[1]}" + (f"; did you mean {close[0]}?" if close else "")
+    mismatch = re.match(
+        r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values \((.*) vs. (.*)\) "
+        r"for config key: (\S+)",
+        message,
+        re.DOTALL,
+    )
+    if mismatch:
+        expected, got, old, new, key = mismatch.groups()
+        return f"{key} is {new} ({got}), but it has to be of type {expected}, such as {old}"
+    return message
+
+
+def _keys(node: CN, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CN):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,80 @@
+"""COCO-format data sets whose mistakes are told to the user."""
+
+import logging
+import os
+from typing import Dict, List
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.logger import log_first_n
+
+from balanced_d2.errors import UserError
+
+
+def register_coco(name: str, json_file: str, image_root: str) -> None:
+    """Register a COCO-format data set, evaluated with COCO's metrics.
+
+    Nothing is read before the data set is used.
+
+    Args:
+        name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file: the annotations.
+        image_root: the folder that the ``file_name`` of every image starts from.
+
+    Raises:
+        UserError: if the name is taken.
+    """
+    if name in DatasetCatalog:
+        raise UserError(f"a data set named {name!r} is registered already; choose another name")
+    DatasetCatalog.register(name, lambda: load_coco(name, json_file, image_root))
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="coco"
+    )
+
+
+def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
+    """Load a COCO-format data set with Detectron2's loader.
+
+    Annotations whose box has no width or height are dropped, with one warning that counts them.
+
+    Returns:
+        Detectron2's standard data set dicts; each annotation keeps its ``id`` of the file.
+
+    Raises:
+        UserError: if the file or the folder is missing or the file is not COCO's format.
+    """
+    if not os.path.isfile(json_file):
+        raise UserError(f"data set {name!r}: annotation file {json_file} does not exist")
+    if not os.path.isdir(image_root):
+        raise UserError(f"data set {name!r}: image folder {image_root} does not exist")
+    try:
+        records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
+    # What the file can make Detectron2's loader and pycocotools stumble over.
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error) or "empty"
+        raise UserError(
+            f"data set {name!r}: {json_file} is not a valid COCO annotation file: {what}"
+        ) from error
+    return _drop_degenerate(name, records)
+
+
+def _drop_degenerate(name: str, records: List[Dict]) -> List[Dict]:
+    dropped = []
+    for record in records:
+        kept = []
+        for annotation in record["annotations"]:
+            _, _, width, height = annotation["bbox"]
+            if width > 0 and height > 0:
+                kept.append(annotation)
+            else:
+                dropped.append(f"annotation {annotation['id']} of {record['file_name']}")
+        record["annotations"] = kept
+    if dropped:
+        more = ", ..." if len(dropped) > 10 else ""
+        log_first_n(
+            logging.WARNING,
+            f"data set {name!r}: dropped {len(dropped)} annotation(s) whose box has no width or "
+            f"height: {', '.join(dropped[:10])}{more}",
+            key="message",
+        )
+    return records

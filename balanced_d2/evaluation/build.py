@@ -1,0 +1,51 @@
+"""The evaluator of a data set, by its ``evaluator_type``."""
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+
+from balanced_d2.compat import mend_lvis
+from balanced_d2.errors import UserError
+
+
+def _lvis(name: str, output_dir: str) -> DatasetEvaluator:
+    mend_lvis()
+    return LVISEvaluator(name, output_dir=output_dir)
+
+
+EVALUATORS = {
+    "coco": lambda name, output_dir: COCOEvaluator(name, output_dir=output_dir),
+    "lvis": _lvis,
+    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
+}
+
+
+def check_evaluator(dataset_name: str) -> str:
+    """The ``evaluator_type`` of a data set.
+
+    Raises:
+        UserError: if it has none, or one that is not for detection.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type not in EVALUATORS:
+        raise UserError(
+            f"data set {dataset_name!r} cannot be evaluated: its evaluator_type is "
+            f"{evaluator_type!r}, but has to be one of: {', '.join(EVALUATORS)}"
+        )
+    return evaluator_type
+
+
+def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    """Detectron2's evaluator for a data set, by the ``evaluator_type`` of its metadata.
+
+    Args:
+        output_dir: where the evaluator writes the detections.
+
+    Raises:
+        UserError: see :func:`check_evaluator`.
+    """
+    return EVALUATORS[check_evaluator(dataset_name)](dataset_name, output_dir)

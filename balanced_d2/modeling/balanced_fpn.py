@@ -1,0 +1,79 @@
+"""Feature pyramid network with balanced outputs, and its builders for ResNet."""
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+
+from balanced_d2.modeling.feature_balancer import FeatureBalancer
+
+
+class BalancedFPN(FPN):
+    """Detectron2's FPN with a :class:`FeatureBalancer` on its outputs.
+
+    Args:
+        bottom_up, in_features, out_channels, **fpn_args: as for Detectron2's ``FPN``.
+        refine_level, refine_type: as for :class:`FeatureBalancer`.
+
+    Raises:
+        UserError: if ``refine_level`` is not a level of this pyramid or ``refine_type`` unknown.
+    """
+
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        in_features,
+        out_channels: int,
+        *,
+        refine_level: int = 2,
+        refine_type: str = "non_local",
+        **fpn_args,
+    ):
+        super().__init__(bottom_up, in_features, out_channels, **fpn_args)
+        self.balancer = FeatureBalancer(out_channels, refine_level, refine_type)
+        self.balancer.check_levels(len(self._out_features))
+
+    def forward(self, x):
+        """
+        Args:
+            x: images, shape (N, C, H, W).
+
+        Returns:
+            dict[str, Tensor]: balanced levels by name, from fine to coarse, e.g. p2 to p6.
+        """
+        features = super().forward(x)
+        return dict(zip(features.keys(), self.balancer(list(features.values()))))
+
+
+def _build_fpn(cfg, bottom_up: Backbone, top_block) -> FPN:
+    fpn_args = {
+        "bottom_up": bottom_up,
+        "in_features": cfg.MODEL.FPN.IN_FEATURES,
+        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+        "norm": cfg.MODEL.FPN.NORM,
+        "top_block": top_block,
+        "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
+    }
+    if not cfg.MODEL.BALANCED_FPN.ENABLED:
+        return FPN(**fpn_args)
+    return BalancedFPN(
+        **fpn_args,
+        refine_level=cfg.MODEL.BALANCED_FPN.REFINE_LEVEL,
+        refine_type=cfg.MODEL.BALANCED_FPN.REFINE_TYPE,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_balanced_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """ResNet with a balanced P2-P6, as ``build_resnet_fpn_backbone`` but for the balancing."""
+    return _build_fpn(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_balanced_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """ResNet with a balanced P3-P7, as ``build_retinanet_resnet_fpn_backbone`` otherwise."""
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    top_block = LastLevelP6P7(
+        bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS
+    )
+    return _build_fpn(cfg, bottom_up, top_block)

@@ -1,0 +1,90 @@
+"""Balanced feature pyramid (Libra R-CNN, section 3.2): gather, refine, scatter."""
+
+from collections import OrderedDict
+from typing import List
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from balanced_d2.errors import UserError, check_choice
+from balanced_d2.modeling.non_local import NonLocal2d
+
+
+def _build_none(channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+def _build_conv(channels: int) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    weight_init.c2_xavier_fill(conv)
+    return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU()))
+
+
+REFINEMENTS = {"none": _build_none, "conv": _build_conv, "non_local": NonLocal2d}
+
+
+class FeatureBalancer(nn.Module):
+    """Give every level of a feature pyramid the same balanced share of all levels.
+
+    All levels are rescaled to the resolution of one of them and averaged; the mean is refined,
+    rescaled back to every level and added to it. Rescaling is adaptive max pooling from a finer
+    and nearest-neighbour interpolation from a coarser level.
+
+    Args:
+        in_channels: number of channels of every level.
+        refine_level: index of the level, counted from the finest, whose resolution the mean has
+            (2 for P2-P6 and 1 for P3-P7: stride 16 in both).
+        refine_type: what refines the mean: ``"none"``, ``"conv"`` (3x3 convolution and ReLU) or
+            ``"non_local"`` (:class:`NonLocal2d`).
+
+    Raises:
+        UserError: on an unknown ``refine_type`` or a negative ``refine_level``.
+    """
+
+    def __init__(self, in_channels: int, refine_level: int = 2, refine_type: str = "non_local"):
+        super().__init__()
+        check_choice("refine_type (MODEL.BALANCED_FPN.REFINE_TYPE)", refine_type, REFINEMENTS)
+        if refine_level < 0:
+            raise UserError(
+                f"refine_level (MODEL.BALANCED_FPN.REFINE_LEVEL) is {refine_level}; it counts the "
+                "pyramid's levels from 0, the finest"
+            )
+        self.refine_level = refine_level
+        self.refine = REFINEMENTS[refine_type](in_channels)
+
+    def check_levels(self, num_levels: int) -> None:
+        """Raise :class:`UserError` if a pyramid of ``num_levels`` has no level to refine at."""
+        if self.refine_level >= num_levels:
+            raise UserError(
+                f"refine_level (MODEL.BALANCED_FPN.REFINE_LEVEL) is {self.refine_level}, but the "
+                f"pyramid has {num_levels} levels; choose 0 to {num_levels - 1}"
+            )
+
+    def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
+        """
+        Args:
+            features: the levels from fine to coarse, each of shape (N, in_channels, H_i, W_i).
+
+        Returns:
+            The balanced levels, of the same shapes.
+        """
+        self.check_levels(len(features))
+        size = features[self.refine_level].shape[-2:]
+        gathered = [
+            F.adaptive_max_pool2d(feature, size)
+            if level < self.refine_level
+            else F.interpolate(feature, size=size, mode="nearest")
+            for level, feature in enumerate(features)
+        ]
+        balanced = self.refine(torch.stack(gathered).mean(dim=0))
+        return [
+            feature
+            + (
+                F.interpolate(balanced, size=feature.shape[-2:], mode="nearest")
+                if level < self.refine_level
+                else F.adaptive_max_pool2d(balanced, feature.shape[-2:])
+            )
+            for level, feature in enumerate(features)
+        ]

@@ -1,0 +1,46 @@
+"""The refinement of balanced features: an embedded Gaussian non-local block."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class NonLocal2d(nn.Module):
+    """Embedded Gaussian non-local block with residual connection, at full channel width.
+
+    ``x + conv_out(softmax(theta(x)^T phi(x)) g(x))`` with the softmax over all positions and no
+    scaling of the logits (Libra R-CNN, section 3.2; Non-local Neural Networks, equation 4). The
+    positions x positions matrix is never held in memory: the product is computed by PyTorch's
+    fused attention. ``conv_out`` starts at zero, so a new block is the identity.
+
+    Args:
+        channels: number of channels of input and output.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.theta = nn.Conv2d(channels, channels, 1)
+        self.phi = nn.Conv2d(channels, channels, 1)
+        self.g = nn.Conv2d(channels, channels, 1)
+        self.conv_out = nn.Conv2d(channels, channels, 1)
+        for conv in (self.theta, self.phi, self.g):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: shape (N, channels, H, W).
+
+        Returns:
+            Tensor of the same shape.
+        """
+        query, key, value = (
+            # (N, C, H, W) -> (N, 1 head, H * W, C)
+            conv(x).flatten(2).transpose(1, 2).unsqueeze(1)
+            for conv in (self.theta, self.phi, self.g)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))

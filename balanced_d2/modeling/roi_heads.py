@@ -1,0 +1,181 @@
+"""ROI heads that sample their proposals in a balanced way and can use Balanced L1."""
+
+from functools import partial
+from typing import List, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import nonzero_tuple
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+
+from balanced_d2.errors import check_choice
+from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
+from balanced_d2.modeling.sampling import (
+    check_bins,
+    iou_bins,
+    sample_instance_balanced,
+    sample_iou_balanced,
+    sample_random,
+)
+
+NEGATIVE_SAMPLERS = ("random", "iou_balanced")
+POSITIVE_SAMPLERS = {"random": sample_random, "instance_balanced": sample_instance_balanced}
+BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
+
+
+class BalancedSamplingMixin:
+    """Balanced sampling of proposals, for any class derived from Detectron2's ``ROIHeads``.
+
+    Args:
+        negative_sampler: ``"random"`` or ``"iou_balanced"`` (:func:`sample_iou_balanced`, over
+            the IoU that the proposal matcher calls negative).
+        positive_sampler: ``"random"`` or ``"instance_balanced"``
+            (:func:`sample_instance_balanced`).
+        num_bins: number of IoU bins, for sampling and for the logged counts.
+        **kwargs: for the class that this one is mixed into.
+
+    Raises:
+        UserError: on an unknown sampler or ``num_bins`` below 1.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        negative_sampler: str = "iou_balanced",
+        positive_sampler: str = "random",
+        num_bins: int = 3,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_choice(
+            "negative_sampler (MODEL.ROI_HEADS.NEGATIVE_SAMPLER)",
+            negative_sampler,
+            NEGATIVE_SAMPLERS,
+        )
+        check_choice(
+            "positive_sampler (MODEL.ROI_HEADS.POSITIVE_SAMPLER)",
+            positive_sampler,
+            POSITIVE_SAMPLERS,
+        )
+        self.num_bins = num_bins
+        self.iou_range = negative_iou_range(self.proposal_matcher)
+        check_bins(num_bins, self.iou_range)
+        self._sample_negatives = (
+            partial(sample_iou_balanced, num_bins=num_bins, iou_range=self.iou_range)
+            if negative_sampler == "iou_balanced"
+            else sample_random
+        )
+        self._sample_positives = POSITIVE_SAMPLERS[positive_sampler]
+
+    @classmethod
+    def from_config(cls, cfg, *args, **kwargs):
+        return {
+            **super().from_config(cfg, *args, **kwargs),
+            "negative_sampler": cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER,
+            "positive_sampler": cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER,
+            "num_bins": cfg.MODEL.ROI_HEADS.NUM_BINS,
+        }
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: List[Instances], targets: List[Instances]
+    ) -> List[Instances]:
+        """Match the proposals of each image with its ground truth and sample from them.
+
+        Detectron2's own method does not hand the IoU to its sampler, so this one takes its place.
+        The contract is the same: ``batch_size_per_image`` proposals of each image, at most
+        ``positive_fraction`` of them foreground, with their ``gt_*`` fields set. With both
+        samplers ``"random"`` it draws the same proposals from the same random state.
+
+        Logged besides Detectron2's ``roi_head/num_{fg,bg}_samples``, as the mean over the batch's
+        images, for each IoU bin k (0 is the lowest IoU, the easiest negatives):
+        ``roi_head/num_neg_bin{k}``, the sampled negatives, and
+        ``roi_head/num_neg_bin{k}_available``.
+        """
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        sampled, bin_counts, num_fg, num_bg = [], [], 0, 0
+        for image_proposals, image_targets in zip(proposals, targets):
+            ious, matched, labels = self._match(image_proposals, image_targets)
+            (fg,) = nonzero_tuple(labels == 1)
+            (bg,) = nonzero_tuple(labels == 0)
+            bins = iou_bins(ious[bg], self.num_bins, self.iou_range)
+
+            max_fg = int(self.batch_size_per_image * self.positive_fraction)
+            chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
+            chosen_bg = self._sample_negatives(
+                ious[bg], self.batch_size_per_image - len(chosen_fg)
+            )
+            bin_counts += [bins[:, chosen_bg].sum(dim=1), bins.sum(dim=1)]
+            num_fg += len(chosen_fg)
+            num_bg += len(chosen_bg)
+
+            chosen = torch.cat([chosen_fg, bg[chosen_bg]])
+            image_sampled = image_proposals[chosen]
+            image_sampled.gt_classes = torch.full_like(chosen, self.num_classes)
+            if len(image_targets) > 0:
+                chosen_targets = image_targets[matched[chosen]]
+                image_sampled.gt_classes[: len(chosen_fg)] = chosen_targets.gt_classes[
+                    : len(chosen_fg)
+                ]
+                for name, value in chosen_targets.get_fields().items():
+                    if name.startswith("gt_") and not image_sampled.has(name):
+                        image_sampled.set(name, value)
+            sampled.append(image_sampled)
+
+        self._log_sampling(bin_counts, num_fg, num_bg, num_images=len(sampled))
+        return sampled
+
+    def _match(
+        self, proposals: Instances, targets: Instances
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Largest IoU, index of the ground truth and matcher's label of each proposal."""
+        quality = pairwise_iou(targets.gt_boxes, proposals.proposal_boxes)
+        matched, labels = self.proposal_matcher(quality)
+        if len(targets) == 0:  # then everything is background, whatever the matcher's labels
+            return quality.new_zeros(len(proposals)), matched, torch.zeros_like(labels)
+        return quality.max(dim=0).values, matched, labels
+
+    def _log_sampling(
+        self, bin_counts: List[torch.Tensor], num_fg: int, num_bg: int, num_images: int
+    ) -> None:
+        storage = get_event_storage()
+        storage.put_scalar("roi_head/num_fg_samples", num_fg / num_images)
+        storage.put_scalar("roi_head/num_bg_samples", num_bg / num_images)
+        # One transfer from the device for all counts.
+        means = torch.stack(bin_counts).view(num_images, 2, self.num_bins).float().mean(dim=0)
+        for k, (num_sampled, num_available) in enumerate(means.t().tolist()):
+            storage.put_scalar(f"roi_head/num_neg_bin{k}", num_sampled)
+            storage.put_scalar(f"roi_head/num_neg_bin{k}_available", num_available)
+
+
+def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:
+    """The IoU, within [0, 1], of the proposals that a matcher labels 0 (negative).
+
+    With Detectron2's default thresholds that is (0, 0.5), the paper's.
+    """
+    intervals = zip(matcher.thresholds[:-1], matcher.thresholds[1:], matcher.labels)
+    negative = [(low, high) for low, high, label in intervals if label == 0]
+    return max(0.0, min(low for low, _ in negative)), min(1.0, max(high for _, high in negative))
+
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedROIHeads(BalancedSamplingMixin, StandardROIHeads):
+    """Detectron2's ``StandardROIHeads`` with balanced sampling and Balanced L1 (by config).
+
+    Args: see :class:`BalancedSamplingMixin`; the others are those of ``StandardROIHeads``.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        loss_type = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
+        check_choice("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss_type, BOX_REG_LOSSES)
+        ret = super()._init_box_head(cfg, input_shape)
+        if loss_type == "balanced_l1":
+            ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
+        return ret

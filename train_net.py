@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Train and evaluate a detector with balanced learning.
+
+Takes Detectron2's usual arguments, and --register for data sets in COCO format.
+"""
+
+import sys
+
+from balanced_d2.engine import BalancedTrainer, argument_parser, run, setup
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+
+def main(args):
+    cfg = setup(args)
+
+    if args.eval_only:
+        model = BalancedTrainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = BalancedTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = BalancedTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, argument_parser().parse_args()))
