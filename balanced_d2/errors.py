@@ -1,15 +1,34 @@
-"""Errors that are the user's to mend."""
+"""Errors that are the user's to mend, and how programs tell them."""
+
+import sys
+from typing import Callable, Collection
+
+EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a config, an argument, a file, an annotation.
 
-    The message says which one, what is wrong and what to do. Command lines show it as one line
-    without a traceback; library code sees an ordinary ``ValueError``.
+    The message says which one, what is wrong and what to do. Programs show it as one line without
+    a traceback; library code sees an ordinary ``ValueError``.
     """
 
 
-def check_choice(name: str, value: object, choices) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise :class:`UserError` if ``value`` is none of ``choices``. ``name`` says what it is."""
     if value not in choices:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+
+
+def tell_user_errors(main: Callable, *args) -> int:
+    """Call ``main(*args)``; print a :class:`UserError` as one line on standard error.
+
+    Returns:
+        The exit code for the program: 0, or 2 after an error.
+    """
+    try:
+        main(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0

@@ -25,10 +25,10 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: there is nothing to train on")
     for name in cfg.DATASETS.TEST:
-        _check_registered(name)
+        check_registered(name)
         check_evaluator(name)
     for name in (cfg.DATASETS.TRAIN if train else ()) + cfg.DATASETS.TEST:
-        _check_registered(name)
+        check_registered(name)
         _check_files(name)
         records = DatasetCatalog.get(name)
         if not records:
@@ -36,7 +36,8 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
         _check_classes(name, cfg)
 
 
-def _check_registered(name: str) -> None:
+def check_registered(name: str) -> None:
+    """Raise :class:`UserError` if there is no data set of that name."""
     if name not in DatasetCatalog:
         raise UserError(
             f"data set {name!r} is not registered; a COCO-format data set can be registered with "

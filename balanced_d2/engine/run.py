@@ -8,53 +8,42 @@ import torch
 from detectron2.engine import launch
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from balanced_d2.errors import UserError
+from balanced_d2.errors import UserError, tell_user_errors
 
-EXIT_USER_ERROR = 2
+Main = Callable[[argparse.Namespace], object]
 
 
-def run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
-    """Run ``main(args)`` with Detectron2's launcher.
+def run(main: Main, args: argparse.Namespace) -> int:
+    """Run ``main(args)`` with Detectron2's launcher and tell its user errors.
 
     Args:
         main: called in each of ``args.num_machines * args.num_gpus`` processes.
         args: as parsed by :func:`balanced_d2.engine.argument_parser`.
 
     Returns:
-        The exit code. Where ``main`` raises :class:`UserError` it is 2, and the error has been
-        printed as one line on standard error.
+        The exit code for the program.
     """
-    if max(args.num_gpus, args.num_machines) > 1 and not torch.cuda.is_available():
-        return _tell("--num-gpus and --num-machines need CUDA, and this machine has none")
+    return tell_user_errors(_launch, main, args)
+
+
+def _launch(main: Main, args: argparse.Namespace) -> None:
+    num_processes = args.num_gpus * args.num_machines
+    if num_processes > 1 and not torch.cuda.is_available():
+        raise UserError("--num-gpus and --num-machines need CUDA, which this machine has not")
     try:
         launch(
-            _Main(main),
+            main if num_processes == 1 else _run_in_worker,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(args,) if num_processes == 1 else (main, args),
         )
-    except ProcessExitedException as error:  # a spawned process has told the error and exited
-        return error.exit_code
-    except SystemExit as error:
-        return error.code
-    return 0
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)  # the worker has told why
 
 
-class _Main:
-    """``main`` with user errors told. A class, since spawned processes have to unpickle it."""
-
-    def __init__(self, main: Callable[[argparse.Namespace], object]):
-        self.main = main
-
-    def __call__(self, args: argparse.Namespace) -> None:
-        try:
-            self.main(args)
-        except UserError as error:
-            sys.exit(_tell(str(error)))
-
-
-def _tell(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
+def _run_in_worker(main: Main, args: argparse.Namespace) -> None:
+    exit_code = tell_user_errors(main, args)
+    if exit_code:
+        sys.exit(exit_code)

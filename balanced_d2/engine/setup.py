@@ -12,22 +12,14 @@ from detectron2.utils.logger import setup_logger
 
 from balanced_d2.config import load_config
 from balanced_d2.data.check import check_datasets
-from balanced_d2.data.coco import register_coco
+from balanced_d2.data.register import add_register_argument, register_from
 from balanced_d2.errors import UserError
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and ``--register``."""
     parser = default_argument_parser()
-    parser.add_argument(
-        "--register",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_DIR"),
-        help="register a COCO-format data set, to be named in DATASETS.TRAIN or DATASETS.TEST "
-        "(repeatable)",
-    )
+    add_register_argument(parser)
     return parser
 
 
@@ -45,8 +37,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: on anything in the arguments, the config or the data that is the user's to mend.
     """
-    for name, json_file, image_root in args.register:
-        register_coco(name, json_file, image_root)
+    register_from(args)
     cfg = load_config(args.config_file, args.opts)
     _check_weights(cfg, required=args.eval_only and not args.resume)
     try:

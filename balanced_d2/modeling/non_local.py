@@ -37,9 +37,12 @@ class NonLocal2d(nn.Module):
         Returns:
             Tensor of the same shape.
         """
+        # The fused attention on CPU needs the channels to be contiguous; with any other layout
+        # PyTorch silently falls back to the explicit matrix.
+        channels_last = x.contiguous(memory_format=torch.channels_last)
         query, key, value = (
             # (N, C, H, W) -> (N, 1 head, H * W, C)
-            conv(x).flatten(2).transpose(1, 2).unsqueeze(1)
+            conv(channels_last).flatten(2).transpose(1, 2).unsqueeze(1)
             for conv in (self.theta, self.phi, self.g)
         )
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)

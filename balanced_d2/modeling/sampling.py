@@ -102,11 +102,14 @@ def _sample_evenly(groups: torch.Tensor, num_samples: int) -> torch.Tensor:
     if num_samples < 0:
         raise UserError(f"num_samples is {num_samples}; it cannot be negative")
     num_groups, num_candidates = groups.shape
-    # The first of each group in random order are its share, the first of the rest fill up.
-    # Selecting by a stable sort needs no host synchronisation, as a mask would.
     shuffle = torch.randperm(num_candidates, device=groups.device)
-    groups = groups[:, shuffle]
+    # The first of each group, in random order, are its share.
     quota = max(1, num_samples // max(1, num_groups))
-    in_share = (groups & (groups.cumsum(dim=1) <= quota)).any(dim=0)
-    chosen_first = torch.argsort(~in_share, stable=True)
-    return shuffle[chosen_first[:num_samples]]
+    shuffled = groups[:, shuffle]
+    in_share = torch.empty_like(shuffle, dtype=torch.bool)
+    in_share[shuffle] = (shuffled & (shuffled.cumsum(dim=1) <= quota)).any(dim=0)
+    # The rest fill up in an order of their own: in the first one, those left of a group come the
+    # later the larger its share was. A stable sort needs no host synchronisation, as a mask would.
+    shuffle = torch.randperm(num_candidates, device=groups.device)
+    shares_first = torch.argsort(~in_share[shuffle], stable=True)
+    return shuffle[shares_first[:num_samples]]

@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up what is missing, into .venv, and nothing when it is there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_CONFIG := configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml
+DEMO_OUTPUT := output/demo
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	rm -rf $(DEMO_OUTPUT)
+	DETECTRON2_DATASETS=datasets $(BIN)/python train_net.py --config-file $(DEMO_CONFIG) \
+		OUTPUT_DIR $(DEMO_OUTPUT)
+	DETECTRON2_DATASETS=datasets $(BIN)/python tools/contact_sheet.py \
+		$(DEMO_OUTPUT)/inference/coco_instances_results.json \
+		--dataset balanced_shapes_val --output $(DEMO_OUTPUT)/contact_sheet.png
+	@echo
+	@echo "The demo is done. Look at"
+	@echo "  $(DEMO_OUTPUT)/contact_sheet.png    ground truth beside detections"
+	@echo "  $(DEMO_OUTPUT)/model_final.pth      the trained model"
+	@echo "  $(DEMO_OUTPUT)/metrics.json         losses, sampling counts and AP (also for TensorBoard)"
+	@echo "  $(DEMO_OUTPUT)/inference/           detections in COCO's format"
+	@echo "  $(DEMO_OUTPUT)/log.txt, config.yaml what was run"
+	@echo "  datasets/balanced_shapes/           the data it was trained on"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check --line-length 100 --select E,F,W,I,B,UP,SIM,C4 --ignore UP006,UP035,UP045,SIM108
+	$(BIN)/ruff format --line-length 100 --check
+
+setup: $(READY)
+
+$(READY): requirements.txt setup.cfg pyproject.toml tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+		"error: Python 3.11 or newer is needed, %s is %d.%d; set PYTHON=python3.12, say" \
+		% (sys.executable, *v[:2]))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output datasets/balanced_shapes

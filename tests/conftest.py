@@ -1,0 +1,108 @@
+"""Fixtures: small data sets on disk and the project's entry points as subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import balanced_d2  # noqa: F401  # registration
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bccd_root():
+    """The folder to set DETECTRON2_DATASETS to, for tests on real images."""
+    if not (SHARED_DATA / "bccd" / "val.json").is_file():
+        pytest.skip("needs BCCD in ../shared/data/bccd, which this machine has not")
+    return SHARED_DATA
+
+
+def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
+    """Write a data set of bright (class 1) and dark (class 2) squares; return its JSON file."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for image_id in range(1, num_images + 1):
+        image = rng.integers(100, 140, (64, 80, 3), dtype=np.uint8)
+        for _ in range(3):
+            category = int(rng.integers(1, 3))
+            side, x, y = int(rng.integers(8, 30)), int(rng.integers(0, 50)), int(rng.integers(0, 34))
+            image[y : y + side, x : x + side] = 230 if category == 1 else 20
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": [x, y, side, side],
+                    "area": side * side,
+                    "iscrowd": 0,
+                }
+            )
+        cv2.imwrite(str(folder / "images" / f"{image_id}.jpg"), image)
+        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "height": 64, "width": 80})
+    categories = [{"id": 1, "name": "bright"}, {"id": 2, "name": "dark"}]
+    json_file = folder / "annotations.json"
+    json_file.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return json_file
+
+
+@pytest.fixture(scope="session")
+def tiny_coco(tmp_path_factory) -> Path:
+    """The annotation file of a tiny data set; its images are in ``images/`` beside it."""
+    return write_coco(tmp_path_factory.mktemp("tiny_coco") / "data")
+
+
+TINY_MODEL = [
+    *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
+    *("MODEL.FPN.OUT_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "100"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)"),
+    *("INPUT.MIN_SIZE_TEST", "64"),
+    *("SOLVER.IMS_PER_BATCH", "2"),
+    *("SOLVER.MAX_ITER", "2"),
+]
+TINY_CONFIG = "configs/BCCD/balanced_faster_rcnn_R_18_FPN.yaml"
+
+
+def run_program(*arguments, env=None) -> subprocess.CompletedProcess:
+    """Run a program of the project as a user does, from the project's root."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def train_net(*arguments, config=TINY_CONFIG, env=None) -> subprocess.CompletedProcess:
+    return run_program("train_net.py", "--config-file", config, *arguments, env=env)
+
+
+def assert_told(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """The program ended with one line about the error that holds all ``parts``."""
+    assert result.returncode not in (0, None), result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, result.stderr
+    for part in parts:
+        assert part in errors[0]

@@ -1,0 +1,200 @@
+"""Feature balancing against plain loops in float64, written from the method's description."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from balanced_d2.errors import UserError
+from balanced_d2.modeling import FeatureBalancer, NonLocal2d
+
+
+def max_pool_loops(x, size):
+    """Adaptive max pooling of (C, H, W): each output looks at all inputs it overlaps."""
+    channels, height, width = x.shape
+    out = np.empty((channels, *size))
+    for c in range(channels):
+        for i in range(size[0]):
+            for j in range(size[1]):
+                rows = range(i * height // size[0], math.ceil((i + 1) * height / size[0]))
+                columns = range(j * width // size[1], math.ceil((j + 1) * width / size[1]))
+                out[c, i, j] = max(x[c, row, column] for row in rows for column in columns)
+    return out
+
+
+def nearest_loops(x, size):
+    channels, height, width = x.shape
+    out = np.empty((channels, *size))
+    for c in range(channels):
+        for i in range(size[0]):
+            for j in range(size[1]):
+                out[c, i, j] = x[c, i * height // size[0], j * width // size[1]]
+    return out
+
+
+def conv_1x1_loops(x, weight, bias):
+    channels, height, width = x.shape
+    out = np.empty((len(bias), height, width))
+    for o in range(len(bias)):
+        for i in range(height):
+            for j in range(width):
+                out[o, i, j] = bias[o] + sum(weight[o, c] * x[c, i, j] for c in range(channels))
+    return out
+
+
+def conv_3x3_loops(x, weight, bias):
+    channels, height, width = x.shape
+    out = np.empty((len(bias), height, width))
+    for o in range(len(bias)):
+        for i in range(height):
+            for j in range(width):
+                total = bias[o]
+                for c in range(channels):
+                    for di in (-1, 0, 1):
+                        for dj in (-1, 0, 1):
+                            if 0 <= i + di < height and 0 <= j + dj < width:
+                                total += weight[o, c, di + 1, dj + 1] * x[c, i + di, j + dj]
+                out[o, i, j] = total
+    return out
+
+
+def non_local_loops(x, weights):
+    channels, height, width = x.shape
+
+    def conv(name, value):
+        weight, bias = weights[f"{name}.weight"][:, :, 0, 0], weights[f"{name}.bias"]
+        return conv_1x1_loops(value, weight, bias)
+
+    theta, phi, g = (conv(name, x).reshape(channels, -1) for name in ("theta", "phi", "g"))
+    y = np.zeros_like(g)
+    for i in range(height * width):
+        similarity = [math.exp(theta[:, i] @ phi[:, j]) for j in range(height * width)]
+        for j in range(height * width):
+            y[:, i] += similarity[j] / sum(similarity) * g[:, j]
+    return x + conv("conv_out", y.reshape(x.shape))
+
+
+def balance_loops(levels, refine_level, refine):
+    size = levels[refine_level].shape[-2:]
+    gathered = [
+        max_pool_loops(x, size) if i < refine_level else nearest_loops(x, size)
+        for i, x in enumerate(levels)
+    ]
+    refined = refine(sum(gathered) / len(gathered))
+    return [
+        x
+        + (
+            nearest_loops(refined, x.shape[-2:])
+            if i < refine_level
+            else max_pool_loops(refined, x.shape[-2:])
+        )
+        for i, x in enumerate(levels)
+    ]
+
+
+def random_parameters(module):
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.double()
+
+
+def state(module):
+    return {name: value.numpy() for name, value in module.state_dict().items()}
+
+
+PYRAMIDS = {
+    "powers of two": ([(16, 24), (8, 12), (4, 6), (2, 3)], 2),
+    "odd sizes": ([(19, 13), (10, 7), (5, 4), (3, 2), (2, 1)], 2),
+    "refined at the finest": ([(7, 5), (4, 3), (2, 2)], 0),
+    "refined at the coarsest": ([(7, 9), (4, 5), (2, 3)], 2),
+    "levels of any size": ([(3, 11), (9, 2), (5, 5)], 1),
+    "one level": ([(5, 3)], 0),
+}
+
+
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+@pytest.mark.parametrize("sizes, refine_level", PYRAMIDS.values(), ids=PYRAMIDS.keys())
+def test_equals_plain_loops(sizes, refine_level, refine_type):
+    channels, batch = 3, 2
+    balancer = random_parameters(FeatureBalancer(channels, refine_level, refine_type))
+    levels = [torch.randn(batch, channels, *size, dtype=torch.float64) for size in sizes]
+    weights = state(balancer.refine)
+    refine = {
+        "none": lambda x: x,
+        "conv": lambda x: np.maximum(
+            conv_3x3_loops(x, weights["conv.weight"], weights["conv.bias"]), 0
+        ),
+        "non_local": lambda x: non_local_loops(x, weights),
+    }[refine_type]
+
+    with torch.no_grad():
+        balanced = balancer(levels)
+
+    assert [x.shape for x in balanced] == [x.shape for x in levels]
+    for n in range(batch):
+        expected = balance_loops([x[n].numpy() for x in levels], refine_level, refine)
+        for got, want in zip(balanced, expected):
+            np.testing.assert_allclose(got[n].numpy(), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+def test_gradients(refine_type):
+    balancer = random_parameters(FeatureBalancer(2, 1, refine_type))
+    levels = [
+        torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True)
+        for size in [(6, 5), (3, 3), (2, 1)]
+    ]
+    names, parameters = zip(*balancer.named_parameters()) if refine_type != "none" else ((), ())
+
+    def balance(*values):
+        given = dict(zip(names, values[3:]))
+        return tuple(torch.func.functional_call(balancer, given, (list(values[:3]),)))
+
+    assert torch.autograd.gradcheck(balance, (*levels, *parameters))
+
+
+def test_new_non_local_block_is_the_identity():
+    x = torch.randn(2, 8, 5, 7)
+    assert torch.equal(NonLocal2d(8)(x), x)
+
+
+def test_state_keys_and_parameters():
+    balancer = FeatureBalancer(256)
+    assert set(balancer.state_dict()) == {
+        f"refine.{conv}.{kind}"
+        for conv in ("theta", "phi", "g", "conv_out")
+        for kind in ("weight", "bias")
+    }
+    assert sum(p.numel() for p in balancer.parameters()) == 263_168
+    assert not FeatureBalancer(8, refine_type="none").state_dict()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_matrix_is_not_materialised(training):
+    """The matrix of 10,000 positions would be 400 MB; nothing near it may be allocated."""
+    block = NonLocal2d(4)
+    x = torch.randn(1, 4, 100, 100, requires_grad=training)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y = block(x)
+        if training:
+            y.sum().backward()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < allocated < 50e6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"refine_type": "nonlocal"}, "nonlocal"),
+        ({"refine_level": -1}, "REFINE_LEVEL"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(UserError, match=message):
+        FeatureBalancer(4, **arguments)
+
+
+def test_refine_level_outside_the_levels():
+    with pytest.raises(UserError, match="is 2, but the pyramid has 2 levels; choose 0 to 1"):
+        FeatureBalancer(4)([torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 2, 2)])

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Draw detections beside the ground truth of a data set, as one PNG."""
+
+import argparse
+import json
+import os
+import sys
+
+import cv2
+
+from balanced_d2.data import add_register_argument, check_registered, register_from
+from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.visualization import draw_contact_sheet
+
+
+def main(args: argparse.Namespace) -> None:
+    register_from(args)
+    check_registered(args.dataset)
+    sheet = draw_contact_sheet(
+        args.dataset, load_predictions(args.predictions), args.num_images, args.threshold
+    )
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    if not cv2.imwrite(args.output, sheet):
+        raise UserError(f"cannot write {args.output}")
+    print(f"contact sheet: {args.output}")
+
+
+def load_predictions(path: str) -> list:
+    try:
+        with open(path) as f:
+            predictions = json.load(f)
+    except OSError as error:
+        raise UserError(f"cannot read predictions {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"predictions {path} are not valid JSON: {error}") from error
+    if not isinstance(predictions, list):
+        raise UserError(f"predictions {path} are not COCO's result format, a list of detections")
+    return predictions
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "predictions",
+        metavar="PREDICTIONS.json",
+        help="detections in COCO's result format, as train_net.py writes them to "
+        "OUTPUT_DIR/inference/coco_instances_results.json",
+    )
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered data set")
+    parser.add_argument("--output", required=True, metavar="FILE.png")
+    parser.add_argument("--num-images", type=int, default=12, metavar="N")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score of a detection to be drawn"
+    )
+    add_register_argument(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))
