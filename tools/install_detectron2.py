@@ -101,6 +101,12 @@ SUBSTITUTIONS = [
     Substitution("detectron2/export/__init__.py", "from .api import *\n", ""),
     # Image.LINEAR is gone from Pillow; BILINEAR is the same filter.
     Substitution("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR"),
+    # What torch.meshgrid does by default, said as it asks for.
+    Substitution(
+        "detectron2/modeling/anchor_generator.py",
+        "torch.meshgrid(shifts_y, shifts_x)",
+        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
+    ),
     # NumPy's aliases of Python's own types are gone.
     Substitution("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n"),
     Substitution("detectron2/data/build.py", "dtype=np.int)", "dtype=int)"),

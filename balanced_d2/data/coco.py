@@ -41,7 +41,7 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         Detectron2's standard data set dicts; each annotation keeps its ``id`` of the file.
 
     Raises:
-        UserError: if the file or the folder is missing or the file is not COCO's format.
+        UserError: if the file or the folder is missing, or the file is not in COCO's format.
     """
     if not os.path.isfile(json_file):
         raise UserError(f"data set {name!r}: annotation file {json_file} does not exist")
@@ -55,15 +55,22 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         raise UserError(
             f"data set {name!r}: {json_file} is not a valid COCO annotation file: {what}"
         ) from error
-    return _drop_degenerate(name, records)
+    _drop_degenerate(name, json_file, records)
+    return records
 
 
-def _drop_degenerate(name: str, records: List[Dict]) -> List[Dict]:
+def _drop_degenerate(name: str, json_file: str, records: List[Dict]) -> None:
     dropped = []
     for record in records:
         kept = []
         for annotation in record["annotations"]:
-            _, _, width, height = annotation["bbox"]
+            try:
+                _, _, width, height = map(float, annotation["bbox"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"data set {name!r}: {json_file}: annotation {annotation['id']} has no valid "
+                    f"bbox (x, y, width, height) but {annotation.get('bbox')!r}"
+                ) from None
             if width > 0 and height > 0:
                 kept.append(annotation)
             else:
@@ -77,4 +84,3 @@ def _drop_degenerate(name: str, records: List[Dict]) -> List[Dict]:
             f"height: {', '.join(dropped[:10])}{more}",
             key="message",
         )
-    return records

@@ -1,0 +1,212 @@
+"""Whole models: every config builds, and with all balances off they are Detectron2's own."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from balanced_d2 import add_balanced_config, load_config
+from balanced_d2.errors import UserError
+from balanced_d2.modeling import BalancedFPN
+
+from .conftest import ROOT
+
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").glob("*/*.yaml")
+)
+R_18 = "configs/BCCD/{}faster_rcnn_R_18_FPN.yaml"
+
+
+def config(name, *opts):
+    return load_config(name, ["MODEL.DEVICE", "cpu", *opts])
+
+
+def batch():
+    torch.manual_seed(7)
+    inputs = []
+    for height, width in ((96, 128), (83, 111)):
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[5.0, 8, 60, 50], [40.0, 30, 72, 66]]))
+        instances.gt_classes = torch.tensor([0, 2])
+        image = torch.randint(256, (3, height, width)).float()
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
+
+
+def losses(model, seed=11):
+    torch.manual_seed(seed)
+    with EventStorage():
+        return model.train()(batch())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds(name):
+    cfg = config(name)
+    model = build_model(cfg)
+    balanced = "balanced" in name.rsplit("/", 1)[1]
+    assert balanced == (
+        isinstance(model.backbone, BalancedFPN)
+        or cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER == "iou_balanced"
+        or cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "balanced_l1"
+    )
+
+
+def test_single_component_configs_turn_on_one_balance_each():
+    stem = "configs/COCO-Detection/faster_rcnn_R_50_FPN_1x"
+    on = set()
+    for suffix in ("", "_iou_balanced_sampling", "_balanced_fpn", "_balanced_l1"):
+        model = config(f"{stem}{suffix}.yaml").MODEL
+        on.add(
+            (
+                model.ROI_HEADS.NEGATIVE_SAMPLER == "iou_balanced",
+                model.BALANCED_FPN.ENABLED,
+                model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "balanced_l1",
+            )
+        )
+    assert on == {
+        (False, False, False),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    }
+
+
+def test_adding_the_config_changes_no_default():
+    def flat(node, prefix=""):
+        for key, value in node.items():
+            if isinstance(value, type(node)):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    cfg = get_cfg()
+    before = dict(copy.deepcopy(list(flat(cfg))))
+    add_balanced_config(cfg)
+    after = dict(flat(cfg))
+    assert before.items() <= after.items()
+    assert {key for key in after if key not in before} == {
+        "MODEL.BALANCED_FPN.ENABLED",
+        "MODEL.BALANCED_FPN.REFINE_LEVEL",
+        "MODEL.BALANCED_FPN.REFINE_TYPE",
+        "MODEL.ROI_HEADS.NEGATIVE_SAMPLER",
+        "MODEL.ROI_HEADS.POSITIVE_SAMPLER",
+        "MODEL.ROI_HEADS.NUM_BINS",
+        "MODEL.ROI_BOX_HEAD.BALANCED_L1_ALPHA",
+        "MODEL.ROI_BOX_HEAD.BALANCED_L1_GAMMA",
+        "MODEL.ROI_BOX_HEAD.BALANCED_L1_BETA",
+    }
+
+
+def test_all_off_is_detectron2s_own_model():
+    ours = config(R_18.format(""))
+    theirs = config(
+        R_18.format(""),
+        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+        *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    )
+    models = []
+    for cfg in (theirs, ours):
+        torch.manual_seed(5)
+        models.append(build_model(cfg))
+    states = [model.state_dict() for model in models]
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    their_losses, our_losses = (losses(model) for model in models)
+    assert their_losses == our_losses
+    their_results, our_results = (model.eval()(batch()) for model in models)
+    for a, b in zip(their_results, our_results):
+        a, b = a["instances"], b["instances"]
+        assert len(a) > 0
+        assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+        assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+
+
+def test_balanced_model_adds_only_the_refinement():
+    plain, balanced = (build_model(config(R_18.format(x))).state_dict() for x in ("", "balanced_"))
+    assert set(balanced) - set(plain) == {
+        f"backbone.balancer.refine.{conv}.{kind}"
+        for conv in ("theta", "phi", "g", "conv_out")
+        for kind in ("weight", "bias")
+    }
+    assert set(plain) <= set(balanced)
+
+
+@pytest.mark.parametrize("positive_sampler", ["random", "instance_balanced"])
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+def test_balanced_model_trains_every_parameter(refine_type, positive_sampler):
+    model = build_model(
+        config(
+            R_18.format("balanced_"),
+            *("MODEL.BALANCED_FPN.REFINE_TYPE", refine_type),
+            *("MODEL.ROI_HEADS.POSITIVE_SAMPLER", positive_sampler),
+        )
+    )
+    if refine_type == "non_local":  # which starts as the identity, where the others get no gradient
+        torch.nn.init.normal_(model.backbone.balancer.refine.conv_out.weight)
+    sum(losses(model).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize(
+    "builder, levels, refine_level",
+    [
+        ("build_balanced_resnet_fpn_backbone", ["p2", "p3", "p4", "p5", "p6"], 2),
+        ("build_balanced_retinanet_resnet_fpn_backbone", ["p3", "p4", "p5", "p6", "p7"], 1),
+    ],
+)
+def test_builders(builder, levels, refine_level):
+    cfg = config(
+        R_18.format("balanced_"),
+        *("MODEL.FPN.IN_FEATURES", str(["res" + x[1] for x in levels if int(x[1]) < 6])),
+        *("MODEL.BALANCED_FPN.REFINE_LEVEL", str(refine_level)),
+        *("MODEL.BALANCED_FPN.REFINE_TYPE", "none"),
+    )
+    build = BACKBONE_REGISTRY.get(builder)
+    torch.manual_seed(0)
+    balanced = build(cfg, ShapeSpec(channels=3)).eval()
+    cfg.MODEL.BALANCED_FPN.ENABLED = False
+    torch.manual_seed(0)
+    plain = build(cfg, ShapeSpec(channels=3)).eval()
+    assert type(plain) is FPN and type(balanced) is BalancedFPN
+    assert balanced.output_shape() == plain.output_shape()
+
+    image = torch.randn(1, 3, 128, 192)
+    with torch.no_grad():
+        features, unbalanced = balanced(image), plain(image)
+        expected = balanced.balancer(list(unbalanced.values()))
+    assert list(features) == list(unbalanced) == levels
+    for feature, want, before in zip(features.values(), expected, unbalanced.values()):
+        assert torch.equal(feature, want) and not torch.equal(feature, before)
+
+
+def test_balanced_fpn_without_a_config():
+    bottom_up = build_resnet_backbone(config(R_18.format("")), ShapeSpec(channels=3))
+    fpn = BalancedFPN(
+        bottom_up, ["res3", "res4", "res5"], 32, refine_level=1, refine_type="conv", norm="BN"
+    )
+    assert list(fpn.eval()(torch.randn(2, 3, 64, 64))) == ["p3", "p4", "p5"]
+    with pytest.raises(UserError, match="pyramid has 4 levels"):
+        BalancedFPN(
+            bottom_up,
+            ["res3", "res4", "res5"],
+            32,
+            top_block=LastLevelMaxPool(),
+            refine_level=4,
+        )
+
+
+def test_unknown_box_loss():
+    with pytest.raises(UserError, match="BBOX_REG_LOSS_TYPE 'balancedl1'"):
+        build_model(
+            config(R_18.format(""), "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balancedl1")
+        )

@@ -1,0 +1,233 @@
+"""train_net.py and tools/contact_sheet.py as a user calls them: small real runs, and mistakes."""
+
+import json
+import shutil
+
+import cv2
+import pytest
+import torch
+
+from .conftest import TINY_MODEL, assert_told, run_program, train_net
+
+COMPONENTS_OFF = [
+    *("MODEL.BALANCED_FPN.ENABLED", "False"),
+    *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "random"),
+    *("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1"),
+]
+
+
+def tiny_run(json_file, output, *more):
+    return [
+        *("--register", "tiny", json_file, json_file.parent / "images"),
+        *more,
+        *TINY_MODEL,
+        *("DATASETS.TRAIN", "('tiny',)"),
+        *("DATASETS.TEST", "('tiny',)"),
+        *("OUTPUT_DIR", output),
+        *("SEED", "1"),
+    ]
+
+
+def logged(output):
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_coco, tmp_path_factory):
+    """A finished run of two iterations with its evaluation: result of the process and folder."""
+    output = tmp_path_factory.mktemp("trained") / "output"
+    result = train_net(*tiny_run(tiny_coco, output))
+    assert result.returncode == 0, result.stderr
+    return result, output
+
+
+def test_training_evaluates_logs_and_saves(trained):
+    result, output = trained
+    text = result.stdout + result.stderr
+    assert text.count("no CUDA on this machine") == (0 if torch.cuda.is_available() else 1)
+    assert "Evaluation results for tiny" in text
+    assert "Warning" not in result.stderr
+    last = logged(output)[-1]
+    assert last["iteration"] == 1 and "bbox/AP" in last
+    for k in range(3):
+        assert 0 <= last[f"roi_head/num_neg_bin{k}"] <= last[f"roi_head/num_neg_bin{k}_available"]
+    total = sum(last[f"roi_head/num_neg_bin{k}"] for k in range(3))
+    assert total == last["roi_head/num_bg_samples"]
+    for name in ("model_final.pth", "config.yaml", "log.txt", "last_checkpoint"):
+        assert (output / name).is_file()
+    assert "no CUDA" in (output / "log.txt").read_text() or torch.cuda.is_available()
+
+
+def test_eval_only_repeats_the_evaluation(trained, tiny_coco, tmp_path):
+    _, output = trained
+    weights = ["MODEL.WEIGHTS", output / "model_final.pth"]
+    result = train_net(*tiny_run(tiny_coco, tmp_path, "--eval-only"), *weights)
+    assert result.returncode == 0, result.stderr
+    detections = [
+        json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+        for folder in (output, tmp_path)
+    ]
+    assert detections[0] == detections[1]
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_path):
+    shutil.copytree(trained[1], tmp_path / "output")
+    output = tmp_path / "output"
+    result = train_net(
+        *tiny_run(tiny_coco, output, "--resume"), "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Starting training from iteration 2" in result.stdout
+    assert "no optimizer state" not in result.stdout
+    checkpoint = torch.load(output / "model_final.pth", weights_only=True)
+    assert checkpoint["iteration"] == 3
+    assert checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
+    # Warm-up over 50 iterations: the rate of iteration 3, not of a schedule begun anew.
+    rates = [line["lr"] for line in logged(output)]
+    assert rates[-1] > rates[0]
+
+
+@pytest.mark.parametrize("balances", [[], COMPONENTS_OFF], ids=["balanced", "plain"])
+def test_same_seed_same_model(tiny_coco, tmp_path, balances):
+    weights = []
+    for run in ("a", "b"):
+        result = train_net(
+            *tiny_run(tiny_coco, tmp_path / run), *balances, "DATASETS.TEST", "()"
+        )
+        assert result.returncode == 0, result.stderr
+        checkpoint = torch.load(tmp_path / run / "model_final.pth", weights_only=True)
+        weights.append(checkpoint["model"])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_bccd_as_registered(bccd_root, tmp_path):
+    result = train_net(
+        *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "1"),
+        *("DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(120,)", "OUTPUT_DIR", tmp_path),
+        env={"DETECTRON2_DATASETS": str(bccd_root)},
+    )
+    assert result.returncode == 0, result.stderr
+    (warning,) = [line for line in result.stdout.splitlines() if "dropped" in line]
+    assert "dropped 1 annotation(s)" in warning and "annotation 2288" in warning
+
+
+def test_contact_sheet(trained, tiny_coco, tmp_path):
+    predictions = trained[1] / "inference" / "coco_instances_results.json"
+    sheet = tmp_path / "sheets" / "sheet.png"
+    arguments = [
+        *("--dataset", "tiny", "--output", sheet, "--num-images", "4"),
+        *("--register", "tiny", tiny_coco, tiny_coco.parent / "images"),
+    ]
+    result = run_program("tools/contact_sheet.py", predictions, *arguments, "--threshold", "0.1")
+    assert result.returncode == 0, result.stderr
+    image = cv2.imread(str(sheet))
+    assert image is not None and image.shape[1] > 3 * 2 * 320 and image.std() > 10
+
+    assert_told(
+        run_program("tools/contact_sheet.py", tmp_path / "none.json", *arguments),
+        "none.json",
+        "No such file",
+    )
+    (tmp_path / "other.json").write_text(
+        '[{"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'
+    )
+    assert_told(
+        run_program("tools/contact_sheet.py", tmp_path / "other.json", *arguments), "image 77"
+    )
+
+
+def broken_json(folder):
+    path = folder / "broken.json"
+    path.write_text('{"images": [')
+    return path
+
+
+# What a user can mistype: arguments (given the data set's JSON file and an empty folder), and what
+# the message has to name.
+MISTAKES = {
+    "unknown config file": (
+        lambda json_file, tmp: {"config": "configs/nowhere.yaml", "arguments": []},
+        ["configs/nowhere.yaml"],
+    ),
+    "unknown key": (
+        lambda json_file, tmp: {"arguments": ["MODEL.ROI_HEADS.NUM_BIN", "3"]},
+        ["MODEL.ROI_HEADS.NUM_BIN", "did you mean MODEL.ROI_HEADS.NUM_BINS?"],
+    ),
+    "key without value": (
+        lambda json_file, tmp: {"arguments": ["SEED"]},
+        ["'SEED' has no value"],
+    ),
+    "wrong type": (
+        lambda json_file, tmp: {"arguments": ["DATASETS.TRAIN", "bccd_train"]},
+        ["DATASETS.TRAIN", "tuple"],
+    ),
+    "no bins": (
+        lambda json_file, tmp: {
+            "arguments": [*tiny_run(json_file, tmp), "MODEL.ROI_HEADS.NUM_BINS", "0"]
+        },
+        ["MODEL.ROI_HEADS.NUM_BINS"],
+    ),
+    "unknown refine type": (
+        lambda json_file, tmp: {
+            "arguments": [*tiny_run(json_file, tmp), "MODEL.BALANCED_FPN.REFINE_TYPE", "nonlocal"]
+        },
+        ["MODEL.BALANCED_FPN.REFINE_TYPE", "nonlocal", "non_local"],
+    ),
+    "refine level outside the levels": (
+        lambda json_file, tmp: {
+            "arguments": [*tiny_run(json_file, tmp), "MODEL.BALANCED_FPN.REFINE_LEVEL", "5"]
+        },
+        ["MODEL.BALANCED_FPN.REFINE_LEVEL", "5 levels"],
+    ),
+    "unregistered data set": (
+        lambda json_file, tmp: {"arguments": ["DATASETS.TRAIN", "('mine',)", "OUTPUT_DIR", tmp]},
+        ["'mine' is not registered", "--register"],
+    ),
+    "missing annotation file": (
+        lambda json_file, tmp: {"arguments": tiny_run(tmp / "gone.json", tmp)},
+        ["'tiny'", "gone.json does not exist"],
+    ),
+    "missing image folder": (
+        lambda json_file, tmp: {
+            "arguments": [
+                *("--register", "own", json_file, tmp / "gone", "--eval-only"),
+                *("DATASETS.TEST", "('own',)", "OUTPUT_DIR", tmp, "MODEL.WEIGHTS", json_file),
+            ]
+        },
+        ["'own'", "gone does not exist"],
+    ),
+    "broken JSON": (
+        lambda json_file, tmp: {"arguments": tiny_run(broken_json(tmp), tmp)},
+        ["'tiny'", "broken.json", "not a valid COCO annotation file"],
+    ),
+    "wrong number of classes": (
+        lambda json_file, tmp: {
+            "arguments": [*tiny_run(json_file, tmp), "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+        },
+        ["'tiny' has 2 classes", "MODEL.ROI_HEADS.NUM_CLASSES is 3"],
+    ),
+    "nothing to evaluate": (
+        lambda json_file, tmp: {"arguments": tiny_run(json_file, tmp, "--eval-only")},
+        ["MODEL.WEIGHTS", "--resume"],
+    ),
+    "missing weights": (
+        lambda json_file, tmp: {
+            "arguments": [*tiny_run(json_file, tmp), "MODEL.WEIGHTS", tmp / "gone.pth"]
+        },
+        ["MODEL.WEIGHTS", "gone.pth"],
+    ),
+    "several processes on a CPU": (
+        lambda json_file, tmp: {"arguments": ["--num-gpus", "2"]},
+        ["--num-gpus", "CUDA"],
+    ),
+}
+
+
+@pytest.mark.parametrize("make, parts", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_told(make, parts, tiny_coco, tmp_path):
+    case = make(tiny_coco, tmp_path)
+    if "--num-gpus" in case["arguments"] and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert_told(train_net(*case.pop("arguments"), **case), *parts)
+    assert not list(tmp_path.glob("*.pth"))
