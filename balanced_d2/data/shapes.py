@@ -131,16 +131,19 @@ def draw_image(
     """
     image = _draw_background(rng, config.image_size)
     _draw_clutter(rng, image)
-    masks = []
+    categories, masks, visible = [], [], []
     for _ in range(int(rng.integers(*config.shapes_per_image, endpoint=True))):
         category = int(rng.integers(len(CLASSES)))
-        mask = _place(rng, CLASSES[category], config, [mask for _, mask in masks])
-        if mask is not None:
-            _paint(rng, image, mask)
-            masks.append((category, mask))
+        mask = _place(rng, CLASSES[category], config, masks, visible)
+        if mask is None:
+            continue
+        _paint(rng, image, mask)
+        visible = [part & ~mask for part in visible]
+        for values, value in ((categories, category), (masks, mask), (visible, mask)):
+            values.append(value)
     image = cv2.GaussianBlur(image, (3, 3), 0.5)
     image = image + rng.normal(0, rng.uniform(2, 8), image.shape)
-    shapes = [(category, list(cv2.boundingRect(mask))) for category, mask in masks]
+    shapes = [(c, list(cv2.boundingRect(mask))) for c, mask in zip(categories, masks)]
     return image.clip(0, 255).astype(np.uint8), shapes
 
 
@@ -159,19 +162,29 @@ def _draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _place(
-    rng: np.random.Generator, name: str, config: ShapesConfig, others: List[np.ndarray]
+    rng: np.random.Generator,
+    name: str,
+    config: ShapesConfig,
+    others: List[np.ndarray],
+    visible: List[np.ndarray],
 ) -> Optional[np.ndarray]:
-    """The mask of a shape that hides none of the others too much, or None if there is no room."""
+    """The mask of a shape that hides none of the others too much, or None if there is no room.
+
+    Args:
+        others: the masks of the shapes that are there.
+        visible: what is still visible of each of them.
+    """
     height, width = config.image_size
     size = math.exp(rng.uniform(*np.log(config.shape_size)))
     for _ in range(20):
         half = size / 2
         centre = rng.uniform((half, half), (width - half, height - half))
         mask = _shape_mask(name, centre, size, rng.uniform(0, 2 * math.pi), config.image_size)
-        covered = [
-            np.count_nonzero(other & mask) / np.count_nonzero(other) for other in others
+        left = [
+            np.count_nonzero(part & ~mask) / np.count_nonzero(other)
+            for other, part in zip(others, visible)
         ]
-        if mask.any() and max(covered, default=0.0) <= (1 - config.min_visible) / 2:
+        if mask.any() and min(left, default=1.0) >= config.min_visible:
             return mask
     return None
 
