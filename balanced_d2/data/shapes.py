@@ -14,6 +14,8 @@ from tqdm import tqdm
 from balanced_d2.errors import UserError
 
 CLASSES = ("disk", "square", "triangle", "ring", "cross")
+HUES = (0, 30, 65, 105, 145)
+"""The hue around which each class is coloured (OpenCV: 0 to 180)."""
 SPLITS = {"train": 320, "val": 80}
 """Number of images of each split."""
 
@@ -24,11 +26,11 @@ VERSION = 1
 class ShapesConfig(NamedTuple):
     """What a data set of shapes looks like."""
 
-    image_size: Tuple[int, int] = (192, 256)
+    image_size: Tuple[int, int] = (128, 160)
     """Height and width in pixels."""
-    shape_size: Tuple[float, float] = (9.0, 110.0)
+    shape_size: Tuple[float, float] = (12.0, 84.0)
     """Smallest and largest side of a shape's box in pixels; sizes are log-uniform between."""
-    shapes_per_image: Tuple[int, int] = (3, 9)
+    shapes_per_image: Tuple[int, int] = (4, 9)
     """Fewest and most shapes in an image."""
     min_visible: float = 0.6
     """Least share of a shape's pixels that stays visible where shapes overlap."""
@@ -137,7 +139,7 @@ def draw_image(
         mask = _place(rng, CLASSES[category], config, masks, visible)
         if mask is None:
             continue
-        _paint(rng, image, mask)
+        _paint(rng, image, mask, HUES[category])
         visible = [part & ~mask for part in visible]
         for values, value in ((categories, category), (masks, mask), (visible, mask)):
             values.append(value)
@@ -148,8 +150,9 @@ def draw_image(
 
 
 def _draw_background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
-    # A few random colours, enlarged: a soft, uneven background.
-    colours = rng.uniform(40, 215, (3, 4, 3)).astype(np.float32)
+    # A few random greys with a tint, enlarged: a soft, uneven background.
+    greys = rng.uniform(50, 205, (3, 4, 1))
+    colours = (greys + rng.uniform(-15, 15, (3, 4, 3))).astype(np.float32)
     return cv2.resize(colours, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
@@ -157,7 +160,7 @@ def _draw_clutter(rng: np.random.Generator, image: np.ndarray) -> None:
     height, width = image.shape[:2]
     for _ in range(int(rng.integers(6, 18))):
         points = rng.uniform(0, (width, height), (int(rng.integers(2, 5)), 2)).astype(np.int32)
-        colour = rng.uniform(0, 255, 3).tolist()
+        colour = (rng.uniform(0, 255) + rng.uniform(-30, 30, 3)).tolist()
         cv2.polylines(image, [points], False, colour, int(rng.integers(1, 3)), cv2.LINE_AA)
 
 
@@ -223,12 +226,11 @@ def _polygon(centre, radius: float, angles: List[float]) -> np.ndarray:
     return np.array(_fixed(points), np.int32)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> None:
-    """Fill the mask with a colour away from what is there, a little uneven."""
+def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, hue: int) -> None:
+    """Fill the mask with a colour near the hue, a little uneven."""
     inside = mask.astype(bool)
-    colour = image[inside].mean(axis=0)
-    while np.abs(colour - image[inside].mean(axis=0)).max() < 70:
-        colour = rng.uniform(0, 255, 3)
+    hsv = [(hue + rng.uniform(-10, 10)) % 180, rng.uniform(130, 255), rng.uniform(110, 255)]
+    colour = cv2.cvtColor(np.uint8([[hsv]]), cv2.COLOR_HSV2BGR)[0, 0]
     shade = rng.uniform(0.85, 1.15, (4, 4)).astype(np.float32)
     shade = cv2.resize(shade, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     image[inside] = colour * shade[inside, None]
