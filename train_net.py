@@ -6,8 +6,10 @@ Takes Detectron2's usual arguments, and --register for data sets in COCO format.
 
 import sys
 
+# First, so that importing Detectron2 is quiet.
 from balanced_d2.engine import BalancedTrainer, argument_parser, run, setup
 
+# isort: split
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm

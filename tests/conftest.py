@@ -39,7 +39,11 @@ def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
         image = rng.integers(100, 140, (64, 80, 3), dtype=np.uint8)
         for _ in range(3):
             category = int(rng.integers(1, 3))
-            side, x, y = int(rng.integers(8, 30)), int(rng.integers(0, 50)), int(rng.integers(0, 34))
+            side, x, y = (
+                int(rng.integers(8, 30)),
+                int(rng.integers(0, 50)),
+                int(rng.integers(0, 34)),
+            )
             image[y : y + side, x : x + side] = 230 if category == 1 else 20
             annotations.append(
                 {

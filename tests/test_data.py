@@ -57,10 +57,10 @@ def test_degenerate_boxes_are_dropped_with_one_warning(tmp_path, name, caplog):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"images": [', "not a valid COCO annotation file: Expecting value"),
-        ("[]", "not a valid COCO annotation file"),
-        ({}, "not a valid COCO annotation file"),
-        (dataset(categories=[]), "not a valid COCO annotation file"),
+        ('{"images": [', "not a valid annotation file: Expecting value"),
+        ("[]", "not a valid annotation file"),
+        ({}, "not a valid annotation file"),
+        (dataset(categories=[]), "not a valid annotation file"),
         (dataset(images=[{"id": 1}]), "no 'file_name'"),
         (
             dataset(annotations=[{"id": 3, "image_id": 1, "category_id": 5, "bbox": [1, 1, 2, 2]}]),

@@ -18,10 +18,7 @@ from balanced_d2.modeling import BalancedFPN
 
 from .conftest import ROOT
 
-CONFIGS = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "configs").glob("*/*.yaml")
-)
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))
 R_18 = "configs/BCCD/{}faster_rcnn_R_18_FPN.yaml"
 
 
@@ -207,6 +204,4 @@ def test_balanced_fpn_without_a_config():
 
 def test_unknown_box_loss():
     with pytest.raises(UserError, match="BBOX_REG_LOSS_TYPE 'balancedl1'"):
-        build_model(
-            config(R_18.format(""), "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balancedl1")
-        )
+        build_model(config(R_18.format(""), "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balancedl1"))

@@ -101,8 +101,11 @@ def test_samples_are_balanced_labelled_and_counted():
 
 
 def test_logged_counts_are_means_over_images():
-    proposals, empty = shifted_proposals(), instances(
-        proposal_boxes=torch.tensor([[0.0, 0, 5, 5]] * 30), objectness_logits=torch.zeros(30)
+    proposals, empty = (
+        shifted_proposals(),
+        instances(
+            proposal_boxes=torch.tensor([[0.0, 0, 5, 5]] * 30), objectness_logits=torch.zeros(30)
+        ),
     )
     no_objects = instances(gt_boxes=torch.zeros(0, 4), gt_classes=torch.zeros(0).long())
     _, logged = sample(heads(), [proposals, empty], [ground_truth(), no_objects])
@@ -124,9 +127,7 @@ def test_degenerate_images(negative_sampler, positive_sampler, labels):
         positive_sampler=positive_sampler,
     )
     none = instances(gt_boxes=torch.zeros(0, 4), gt_classes=torch.zeros(0).long())
-    no_proposals = instances(
-        proposal_boxes=torch.zeros(0, 4), objectness_logits=torch.zeros(0)
-    )
+    no_proposals = instances(proposal_boxes=torch.zeros(0, 4), objectness_logits=torch.zeros(0))
     on_object = instances(
         proposal_boxes=torch.tensor([[10.0, 10, 60, 60]] * 40), objectness_logits=torch.zeros(40)
     )

@@ -93,9 +93,7 @@ def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_pat
 def test_same_seed_same_model(tiny_coco, tmp_path, balances):
     weights = []
     for run in ("a", "b"):
-        result = train_net(
-            *tiny_run(tiny_coco, tmp_path / run), *balances, "DATASETS.TEST", "()"
-        )
+        result = train_net(*tiny_run(tiny_coco, tmp_path / run), *balances, "DATASETS.TEST", "()")
         assert result.returncode == 0, result.stderr
         checkpoint = torch.load(tmp_path / run / "model_final.pth", weights_only=True)
         weights.append(checkpoint["model"])
@@ -201,7 +199,7 @@ MISTAKES = {
     ),
     "broken JSON": (
         lambda json_file, tmp: {"arguments": tiny_run(broken_json(tmp), tmp)},
-        ["'tiny'", "broken.json", "not a valid COCO annotation file"],
+        ["'tiny'", "broken.json", "not a valid annotation file"],
     ),
     "wrong number of classes": (
         lambda json_file, tmp: {

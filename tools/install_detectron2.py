@@ -128,7 +128,7 @@ SUBSTITUTIONS = [
         'pkg_resources.resource_filename(\n        "detectron2.model_zoo", ',
         "os.path.join(\n        os.path.dirname(__file__), ",
     ),
-    # Packaging: upstream's name, no extension modules, the archive's own copy of the configs, no stale pins.
+    # Packaging: upstream's name, no extension modules, the archive's own configs, no stale pins.
     Substitution("setup.py", '    name="pb1-detectron2",\n', '    name="detectron2",\n'),
     Substitution("setup.py", "    ext_modules=get_extensions(),\n", ""),
     Substitution(
@@ -261,9 +261,7 @@ def adapt(source: Path, substitutions=SUBSTITUTIONS) -> None:
 
 def build_wheel(source: Path, folder: Path) -> Path:
     say("building the wheel detectron2 0.6")
-    result = pip(
-        "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(source)
-    )
+    result = pip("wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(source))
     if result.returncode != 0:
         raise InstallError(f"could not build the wheel ({pip_error(result)})")
     return next(folder.iterdir())

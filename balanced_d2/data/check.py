@@ -6,6 +6,7 @@ from typing import Optional
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from balanced_d2.data.coco import told_as_annotation_error
 from balanced_d2.errors import UserError
 from balanced_d2.evaluation.build import check_evaluator
 
@@ -30,7 +31,9 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     for name in (cfg.DATASETS.TRAIN if train else ()) + cfg.DATASETS.TEST:
         check_registered(name)
         _check_files(name)
-        records = DatasetCatalog.get(name)
+        source = MetadataCatalog.get(name).get("json_file", "its source")
+        with told_as_annotation_error(name, source):
+            records = DatasetCatalog.get(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")
         _check_classes(name, cfg)
@@ -71,6 +74,7 @@ def _check_classes(name: str, cfg: CfgNode) -> None:
 
 
 def _num_classes(cfg: CfgNode) -> tuple[str, Optional[int]]:
+    """The key that says how many classes the model has, and its value, where that is known."""
     return {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),

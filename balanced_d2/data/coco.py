@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import contextmanager
 from typing import Dict, List
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -27,9 +28,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
     if name in DatasetCatalog:
         raise UserError(f"a data set named {name!r} is registered already; choose another name")
     DatasetCatalog.register(name, lambda: load_coco(name, json_file, image_root))
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco"
-    )
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
 
 def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
@@ -47,16 +46,24 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         raise UserError(f"data set {name!r}: annotation file {json_file} does not exist")
     if not os.path.isdir(image_root):
         raise UserError(f"data set {name!r}: image folder {image_root} does not exist")
-    try:
+    with told_as_annotation_error(name, json_file):
         records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
-    # What the file can make Detectron2's loader and pycocotools stumble over.
+    _drop_degenerate(name, json_file, records)
+    return records
+
+
+@contextmanager
+def told_as_annotation_error(name: str, source: str):
+    """Turn what an annotation file makes Detectron2's loaders stumble over into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error) or "empty"
         raise UserError(
-            f"data set {name!r}: {json_file} is not a valid COCO annotation file: {what}"
+            f"data set {name!r}: {source} is not a valid annotation file: {what}"
         ) from error
-    _drop_degenerate(name, json_file, records)
-    return records
 
 
 def _drop_degenerate(name: str, json_file: str, records: List[Dict]) -> None:

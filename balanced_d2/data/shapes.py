@@ -38,7 +38,10 @@ class ShapesConfig(NamedTuple):
     seed: int = 0
 
 
-def ensure_shapes(folder: str, config: ShapesConfig = ShapesConfig()) -> None:
+DEFAULT = ShapesConfig()
+
+
+def ensure_shapes(folder: str, config: ShapesConfig = DEFAULT) -> None:
     """Draw the data set into ``folder`` unless it is there: ``SPLIT.json`` and ``SPLIT/*.jpg``.
 
     The folder appears only when it is complete. Processes that call this at the same time wait

@@ -73,7 +73,5 @@ def build_balanced_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 def build_balanced_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """ResNet with a balanced P3-P7, as ``build_retinanet_resnet_fpn_backbone`` otherwise."""
     bottom_up = build_resnet_backbone(cfg, input_shape)
-    top_block = LastLevelP6P7(
-        bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS
-    )
+    top_block = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
     return _build_fpn(cfg, bottom_up, top_block)

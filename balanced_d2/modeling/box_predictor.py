@@ -54,11 +54,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         # One box per class, or one for all classes.
         deltas = pred_deltas.unflatten(1, (-1, box_dim))[foreground]
         if deltas.shape[1] > 1:
-            deltas = deltas.gather(
-                1, gt_classes[foreground].view(-1, 1, 1).expand(-1, 1, box_dim)
-            )
-        target = self.box2box_transform.get_deltas(
-            proposal_boxes[foreground], gt_boxes[foreground]
-        )
+            deltas = deltas.gather(1, gt_classes[foreground].view(-1, 1, 1).expand(-1, 1, box_dim))
+        target = self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground])
         loss = balanced_l1_loss(deltas.squeeze(1), target, *self.balanced_l1, reduction="sum")
         return loss / max(gt_classes.numel(), 1)

@@ -108,9 +108,7 @@ class BalancedSamplingMixin:
 
             max_fg = int(self.batch_size_per_image * self.positive_fraction)
             chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
-            chosen_bg = self._sample_negatives(
-                ious[bg], self.batch_size_per_image - len(chosen_fg)
-            )
+            chosen_bg = self._sample_negatives(ious[bg], self.batch_size_per_image - len(chosen_fg))
             bin_counts += [bins[:, chosen_bg].sum(dim=1), bins.sum(dim=1)]
             num_fg += len(chosen_fg)
             num_bg += len(chosen_bg)

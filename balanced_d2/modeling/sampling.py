@@ -68,9 +68,7 @@ def sample_instance_balanced(gt_indices: torch.Tensor, num_samples: int) -> torc
     return _sample_evenly(gt_indices == torch.unique(gt_indices)[:, None], num_samples)
 
 
-def iou_bins(
-    ious: torch.Tensor, num_bins: int, iou_range: Tuple[float, float]
-) -> torch.Tensor:
+def iou_bins(ious: torch.Tensor, num_bins: int, iou_range: Tuple[float, float]) -> torch.Tensor:
     """Which candidate is in which bin.
 
     Args:

@@ -47,7 +47,9 @@ def draw_contact_sheet(
     by_image = _group_by_image(dataset_name, records, predictions)
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
     pairs = [
-        _draw_pair(dataset_name, records[i], by_image[records[i]["image_id"]], threshold, tile_width)
+        _draw_pair(
+            dataset_name, records[i], by_image[records[i]["image_id"]], threshold, tile_width
+        )
         for i in tqdm(chosen, desc="drawing contact sheet", unit="image", disable=None)
     ]
     height = max(pair.shape[0] for pair in pairs)
