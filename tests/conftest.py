@@ -82,6 +82,7 @@ TINY_MODEL = [
     *("INPUT.MIN_SIZE_TEST", "64"),
     *("SOLVER.IMS_PER_BATCH", "2"),
     *("SOLVER.MAX_ITER", "2"),
+    *("SOLVER.WARMUP_ITERS", "1"),
 ]
 TINY_CONFIG = "configs/BCCD/balanced_faster_rcnn_R_18_FPN.yaml"
 
