@@ -142,7 +142,12 @@ def test_degenerate_images(negative_sampler, positive_sampler, labels):
 
 
 def test_ignored_proposals_are_not_sampled():
-    roi_heads = heads(thresholds=(0.3, 0.7), labels=(0, -1, 1), proposal_append_gt=False)
+    roi_heads = heads(
+        thresholds=(0.3, 0.7),
+        labels=(0, -1, 1),
+        proposal_append_gt=False,
+        negative_sampler="random",  # which does not look at the IoU
+    )
     targets = ground_truth()
     (sampled,), _ = sample(roi_heads, [shifted_proposals()], [targets])
     for box in sampled.proposal_boxes.tensor.tolist():
