@@ -112,6 +112,7 @@ def test_check_of_classes(tmp_path, name):
     "opts, train, message",
     [
         ([], True, "DATASETS.TRAIN is empty"),
+        ([], False, "DATASETS.TEST is empty"),
         (["DATASETS.TRAIN", "('nowhere',)"], True, "'nowhere' is not registered"),
         (["DATASETS.TEST", "('nowhere',)"], False, "'nowhere' is not registered"),
         (["DATASETS.TEST", "('coco_2014_val',)"], False, "instances_val2014.json does not exist"),

@@ -54,6 +54,14 @@ def assert_not_installed(python):
     assert result.returncode == 0 and "detectron2" not in result.stdout
 
 
+def test_package_without_detectron2_names_the_installer(bare_python):
+    result = subprocess.run(
+        [str(bare_python), "-c", "import balanced_d2"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode != 0
+    assert "run: python tools/install_detectron2.py" in result.stderr.splitlines()[-1]
+
+
 def test_does_nothing_where_detectron2_imports():
     result = run_program(SCRIPT)
     assert result.returncode == 0

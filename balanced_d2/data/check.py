@@ -25,6 +25,8 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     """
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: there is nothing to train on")
+    if not train and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on")
     for name in cfg.DATASETS.TEST:
         check_registered(name)
         check_evaluator(name)
