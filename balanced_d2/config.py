@@ -8,6 +8,7 @@ from typing import Iterator, Sequence
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from balanced_d2.errors import UserError
 
@@ -56,7 +57,29 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
         raise UserError(f"config options come as KEY VALUE pairs; {opts[-1]!r} has no value")
     with _told_as("command line", cfg):
         cfg.merge_from_list(list(opts))
+    _check_names(cfg)
     return cfg
+
+
+def _check_names(cfg: CN) -> None:
+    model = cfg.MODEL
+    for key, name, registry in (
+        ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
+    ):
+        if name not in registry:
+            names = [known for known, _ in registry]
+            close = difflib.get_close_matches(name, names, n=1) or names
+            raise UserError(f"MODEL.{key}: there is no {name!r}; did you mean {', '.join(close)}?")
+    from_detectron2 = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME).__module__.startswith(
+        "detectron2."
+    )
+    if model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "balanced_l1" and from_detectron2:
+        raise UserError(
+            'MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE "balanced_l1" needs MODEL.ROI_HEADS.NAME '
+            f'"BalancedROIHeads"; {model.ROI_HEADS.NAME} does not know it'
+        )
 
 
 @contextmanager

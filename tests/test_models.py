@@ -205,3 +205,17 @@ def test_balanced_fpn_without_a_config():
 def test_unknown_box_loss():
     with pytest.raises(UserError, match="BBOX_REG_LOSS_TYPE 'balancedl1'"):
         build_model(config(R_18.format(""), "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balancedl1"))
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.ROI_HEADS.NAME", "BalancedROIHead"], "did you mean BalancedROIHeads"),
+        (["MODEL.BACKBONE.NAME", "build_balanced_fpn"], "MODEL.BACKBONE.NAME: there is no"),
+        (["MODEL.META_ARCHITECTURE", "RCNN"], "MODEL.META_ARCHITECTURE: there is no 'RCNN'"),
+        (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "balanced_l1. needs"),
+    ],
+)
+def test_names_that_do_not_fit(opts, message):
+    with pytest.raises(UserError, match=message):
+        config(R_18.format("balanced_"), *opts)
