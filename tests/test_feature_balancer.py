@@ -33,28 +33,21 @@ def nearest_loops(x, size):
     return out
 
 
-def conv_1x1_loops(x, weight, bias):
+def conv_loops(x, weight, bias):
+    """Convolution with a square kernel of odd size, zero-padded to the size of the input."""
     channels, height, width = x.shape
-    out = np.empty((len(bias), height, width))
-    for o in range(len(bias)):
-        for i in range(height):
-            for j in range(width):
-                out[o, i, j] = bias[o] + sum(weight[o, c] * x[c, i, j] for c in range(channels))
-    return out
-
-
-def conv_3x3_loops(x, weight, bias):
-    channels, height, width = x.shape
+    reach = weight.shape[-1] // 2
     out = np.empty((len(bias), height, width))
     for o in range(len(bias)):
         for i in range(height):
             for j in range(width):
                 total = bias[o]
                 for c in range(channels):
-                    for di in (-1, 0, 1):
-                        for dj in (-1, 0, 1):
+                    for di in range(-reach, reach + 1):
+                        for dj in range(-reach, reach + 1):
                             if 0 <= i + di < height and 0 <= j + dj < width:
-                                total += weight[o, c, di + 1, dj + 1] * x[c, i + di, j + dj]
+                                tap = weight[o, c, di + reach, dj + reach]
+                                total += tap * x[c, i + di, j + dj]
                 out[o, i, j] = total
     return out
 
@@ -63,8 +56,7 @@ def non_local_loops(x, weights):
     channels, height, width = x.shape
 
     def conv(name, value):
-        weight, bias = weights[f"{name}.weight"][:, :, 0, 0], weights[f"{name}.bias"]
-        return conv_1x1_loops(value, weight, bias)
+        return conv_loops(value, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     theta, phi, g = (conv(name, x).reshape(channels, -1) for name in ("theta", "phi", "g"))
     y = np.zeros_like(g)
@@ -123,7 +115,7 @@ def test_equals_plain_loops(sizes, refine_level, refine_type):
     refine = {
         "none": lambda x: x,
         "conv": lambda x: np.maximum(
-            conv_3x3_loops(x, weights["conv.weight"], weights["conv.bias"]), 0
+            conv_loops(x, weights["conv.weight"], weights["conv.bias"]), 0
         ),
         "non_local": lambda x: non_local_loops(x, weights),
     }[refine_type]

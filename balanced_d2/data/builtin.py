@@ -4,10 +4,9 @@
 """
 
 import os
+from functools import partial
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
-from balanced_d2.data.coco import load_coco, register_coco
+from balanced_d2.data.coco import register_coco
 from balanced_d2.data.shapes import CLASSES, SPLITS, ensure_shapes
 
 
@@ -23,20 +22,14 @@ def register_bccd(root: str) -> None:
 def register_balanced_shapes(root: str) -> None:
     """Synthetic shapes, drawn into ``root/balanced_shapes`` the first time they are used."""
     folder = os.path.join(root, "balanced_shapes")
-
-    def load(name: str, json_file: str, image_root: str):
-        ensure_shapes(folder)
-        return load_coco(name, json_file, image_root)
-
     for split in SPLITS:
-        name = f"balanced_shapes_{split}"
-        files = {
-            "json_file": os.path.join(folder, f"{split}.json"),
-            "image_root": os.path.join(folder, split),
-        }
-        DatasetCatalog.register(name, lambda name=name, files=files: load(name, **files))
-        MetadataCatalog.get(name).set(
-            evaluator_type="coco", thing_classes=list(CLASSES), generated=True, **files
+        register_coco(
+            f"balanced_shapes_{split}",
+            os.path.join(folder, f"{split}.json"),
+            os.path.join(folder, split),
+            prepare=partial(ensure_shapes, folder),
+            thing_classes=list(CLASSES),
+            generated=True,
         )
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import contextmanager
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -12,7 +12,13 @@ from detectron2.utils.logger import log_first_n
 from balanced_d2.errors import UserError
 
 
-def register_coco(name: str, json_file: str, image_root: str) -> None:
+def register_coco(
+    name: str,
+    json_file: str,
+    image_root: str,
+    prepare: Callable[[], None] = lambda: None,
+    **metadata,
+) -> None:
     """Register a COCO-format data set, evaluated with COCO's metrics.
 
     Nothing is read before the data set is used.
@@ -21,14 +27,23 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: the annotations.
         image_root: the folder that the ``file_name`` of every image starts from.
+        prepare: called before the data set is loaded, for one that is made on first use.
+        **metadata: more metadata of the data set.
 
     Raises:
         UserError: if the name is taken.
     """
     if name in DatasetCatalog:
         raise UserError(f"a data set named {name!r} is registered already; choose another name")
-    DatasetCatalog.register(name, lambda: load_coco(name, json_file, image_root))
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
+
+    def load() -> List[Dict]:
+        prepare()
+        return load_coco(name, json_file, image_root)
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
+    )
 
 
 def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:

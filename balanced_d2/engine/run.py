@@ -27,23 +27,23 @@ def run(main: Main, args: argparse.Namespace) -> int:
 
 
 def _launch(main: Main, args: argparse.Namespace) -> None:
-    num_processes = args.num_gpus * args.num_machines
-    if num_processes > 1 and not torch.cuda.is_available():
+    if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
         raise UserError("--num-gpus and --num-machines need CUDA, which this machine has not")
     try:
         launch(
-            main if num_processes == 1 else _run_in_worker,
+            _main_worker,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,) if num_processes == 1 else (main, args),
+            args=(main, args),
         )
     except ProcessExitedException as error:
         sys.exit(error.exit_code)  # the worker has told why
 
 
-def _run_in_worker(main: Main, args: argparse.Namespace) -> None:
+def _main_worker(main: Main, args: argparse.Namespace) -> None:
+    """What each process runs: it tells its own errors, since only its exit code leaves it."""
     exit_code = tell_user_errors(main, args)
     if exit_code:
         sys.exit(exit_code)

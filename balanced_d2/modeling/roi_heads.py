@@ -104,11 +104,12 @@ class BalancedSamplingMixin:
             ious, matched, labels = self._match(image_proposals, image_targets)
             (fg,) = nonzero_tuple(labels == 1)
             (bg,) = nonzero_tuple(labels == 0)
-            bins = iou_bins(ious[bg], self.num_bins, self.iou_range)
+            bg_ious = ious[bg]
+            bins = iou_bins(bg_ious, self.num_bins, self.iou_range)
 
             max_fg = int(self.batch_size_per_image * self.positive_fraction)
             chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
-            chosen_bg = self._sample_negatives(ious[bg], self.batch_size_per_image - len(chosen_fg))
+            chosen_bg = self._sample_negatives(bg_ious, self.batch_size_per_image - len(chosen_fg))
             bin_counts += [bins[:, chosen_bg].sum(dim=1), bins.sum(dim=1)]
             num_fg += len(chosen_fg)
             num_bg += len(chosen_bg)
