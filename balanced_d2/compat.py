@@ -4,6 +4,8 @@ import contextlib
 import types
 import warnings
 
+import torch
+
 
 @contextlib.contextmanager
 def no_torchscript_warnings():
@@ -30,3 +32,15 @@ def mend_lvis() -> None:
     numpy = types.ModuleType("numpy")
     numpy.__dict__.update(lvis.eval.np.__dict__, float=float)
     lvis.eval.np = numpy
+
+
+@torch.jit.unused  # TorchScript cannot compile it, and in TorchScript the answer is no
+def is_exporting() -> bool:
+    """Whether the code that calls runs for ``torch.onnx.export`` or ``torch.export``.
+
+    From code that is also scripted: ``not torch.jit.is_scripting() and is_exporting()``.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return True
+    # torch.compiler.is_exporting is new in PyTorch 2.7
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()

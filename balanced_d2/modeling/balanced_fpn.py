@@ -1,11 +1,20 @@
 """Feature pyramid network with balanced outputs, and its builders for ResNet."""
 
+import types
+
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 from balanced_d2.modeling.feature_balancer import FeatureBalancer
+
+
+def _named(name: str, method: types.FunctionType) -> types.FunctionType:
+    """The same method under another name."""
+    return types.FunctionType(
+        method.__code__, method.__globals__, name, method.__defaults__, method.__closure__
+    )
 
 
 class BalancedFPN(FPN):
@@ -18,6 +27,9 @@ class BalancedFPN(FPN):
     Raises:
         UserError: if ``refine_level`` is not a level of this pyramid or ``refine_type`` unknown.
     """
+
+    # TorchScript compiles no super(), and a method by its own name only.
+    _unbalanced_forward = _named("_unbalanced_forward", FPN.forward)
 
     def __init__(
         self,
@@ -41,8 +53,9 @@ class BalancedFPN(FPN):
         Returns:
             dict[str, Tensor]: balanced levels by name, from fine to coarse, e.g. p2 to p6.
         """
-        features = super().forward(x)
-        return dict(zip(features.keys(), self.balancer(list(features.values()))))
+        features = self._unbalanced_forward(x)
+        balanced = self.balancer(list(features.values()))
+        return dict(zip(features.keys(), balanced))
 
 
 def _build_fpn(cfg, bottom_up: Backbone, top_block) -> FPN:

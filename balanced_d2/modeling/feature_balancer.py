@@ -6,10 +6,10 @@ from typing import List
 import fvcore.nn.weight_init as weight_init
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from balanced_d2.errors import UserError, check_choice
 from balanced_d2.modeling.non_local import NonLocal2d
+from balanced_d2.modeling.rescale import adaptive_max_pool, nearest
 
 
 def _build_none(channels: int) -> nn.Module:
@@ -70,21 +70,22 @@ class FeatureBalancer(nn.Module):
         Returns:
             The balanced levels, of the same shapes.
         """
-        self.check_levels(len(features))
+        if not torch.jit.is_scripting():
+            self.check_levels(len(features))
         size = features[self.refine_level].shape[-2:]
         gathered = [
-            F.adaptive_max_pool2d(feature, size)
+            adaptive_max_pool(feature, size)
             if level < self.refine_level
-            else F.interpolate(feature, size=size, mode="nearest")
+            else nearest(feature, size)
             for level, feature in enumerate(features)
         ]
         balanced = self.refine(torch.stack(gathered).mean(dim=0))
         return [
             feature
             + (
-                F.interpolate(balanced, size=feature.shape[-2:], mode="nearest")
+                nearest(balanced, feature.shape[-2:])
                 if level < self.refine_level
-                else F.adaptive_max_pool2d(balanced, feature.shape[-2:])
+                else adaptive_max_pool(balanced, feature.shape[-2:])
             )
             for level, feature in enumerate(features)
         ]

@@ -40,10 +40,15 @@ class NonLocal2d(nn.Module):
         # The fused attention on CPU needs the channels to be contiguous; with any other layout
         # PyTorch silently falls back to the explicit matrix.
         channels_last = x.contiguous(memory_format=torch.channels_last)
-        query, key, value = (
-            # (N, C, H, W) -> (N, 1 head, H * W, C)
-            conv(channels_last).flatten(2).transpose(1, 2).unsqueeze(1)
-            for conv in (self.theta, self.phi, self.g)
+        attended = F.scaled_dot_product_attention(
+            _as_tokens(self.theta(channels_last)),
+            _as_tokens(self.phi(channels_last)),
+            _as_tokens(self.g(channels_last)),
+            scale=1.0,
         )
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+def _as_tokens(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) to (N, 1 head, H * W, C)."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)

@@ -170,6 +170,11 @@ class BalancedROIHeads(BalancedSamplingMixin, StandardROIHeads):
     Args: see :class:`BalancedSamplingMixin`; the others are those of ``StandardROIHeads``.
     """
 
+    # TorchScript drops the branches for masks and keypoints where these are constants. Detectron2
+    # says so of the base class, but each class has annotations of its own.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         loss_type = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
