@@ -1,6 +1,7 @@
 """What differs between the versions of Detectron2 and of the libraries around it."""
 
 import contextlib
+import logging
 import types
 import warnings
 
@@ -16,6 +17,21 @@ def no_torchscript_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*torch\.jit\..* is (deprecated|not supported)")
         yield
+
+
+@contextlib.contextmanager
+def no_export_warnings():
+    """Within it, PyTorch's exporters do not warn: about deprecation, and line by line of what may
+    not generalise, which is for tests and verification to find out."""
+    fx = logging.getLogger("torch.fx")
+    level = fx.level
+    fx.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        fx.setLevel(level)
 
 
 def mend_lvis() -> None:

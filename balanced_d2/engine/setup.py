@@ -39,7 +39,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     register_from(args)
     cfg = load_config(args.config_file, args.opts)
-    _check_weights(cfg, required=args.eval_only and not args.resume)
+    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
+        raise UserError(
+            "nothing to evaluate: set MODEL.WEIGHTS to a checkpoint, or add --resume for the last "
+            "one in OUTPUT_DIR"
+        )
+    check_weights(cfg)
     try:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_d2")
     except OSError as error:
@@ -63,12 +68,8 @@ def use_available_device(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.ENABLED = False
 
 
-def _check_weights(cfg: CfgNode, required: bool) -> None:
+def check_weights(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if ``MODEL.WEIGHTS`` is set, but to no file."""
     weights = cfg.MODEL.WEIGHTS
-    if not weights and required:
-        raise UserError(
-            "nothing to evaluate: set MODEL.WEIGHTS to a checkpoint, or add --resume for the last "
-            "one in OUTPUT_DIR"
-        )
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise UserError(f"MODEL.WEIGHTS: there is no file {weights}")

@@ -1,0 +1,25 @@
+"""Export of trained detectors to TorchScript and ONNX, for use without Detectron2."""
+
+from balanced_d2.export.deployable import Deployable
+from balanced_d2.export.files import check_writable
+from balanced_d2.export.metadata import describe
+from balanced_d2.export.onnx import export_onnx
+from balanced_d2.export.sample import sample_images
+from balanced_d2.export.torchscript import METHODS, export_torchscript, script, trace
+from balanced_d2.export.verify import TOLERANCES, Comparison, table, verify
+
+__all__ = [
+    "METHODS",
+    "TOLERANCES",
+    "Comparison",
+    "Deployable",
+    "check_writable",
+    "describe",
+    "export_onnx",
+    "export_torchscript",
+    "sample_images",
+    "script",
+    "table",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,87 @@
+"""Non-maximum suppression that keeps its exact result when a model is traced.
+
+torchvision suppresses each group (a class, or a level of the pyramid) by itself if there are more
+than 1,000 boxes, and otherwise all at once, after moving the groups apart, which rounds the boxes
+a little. ``torch.jit.trace`` always records the second form, so that a trace can keep other boxes
+than the model does. The functions here stand in for torchvision's while a model is exported.
+"""
+
+from contextlib import contextmanager
+from typing import Callable
+from unittest import mock
+
+import torch
+from torchvision.ops import boxes as box_ops
+
+# On the CPU, torchvision moves this many boxes apart at most.
+MAX_MOVED = 1000
+
+_batched_nms = box_ops.batched_nms
+
+
+@contextmanager
+def exporting_with(batched_nms: Callable):
+    """Within it, torchvision's ``batched_nms``, and so Detectron2's, is the one given."""
+    with mock.patch.object(box_ops, "batched_nms", batched_nms):
+        yield
+
+
+def scripted_batched_nms() -> torch.jit.ScriptFunction:
+    """torchvision's function with the choice of form made at run time, for ``torch.jit.trace``."""
+    return torch.jit.script(_batched_nms)
+
+
+def onnx_batched_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
+) -> torch.Tensor:
+    """The same function in one ``NonMaxSuppression`` of ONNX, which can suppress group by group.
+
+    Args:
+        boxes: shape (N, 4), not negative.
+        scores: shape (N,).
+        idxs: shape (N,), the group of each box, from 0 on.
+        iou_threshold: boxes that overlap a better one of their group by more are dropped.
+
+    Returns:
+        LongTensor: the indices of the boxes kept, from the highest score down.
+    """
+    num_groups = _max(idxs, 0) + 1
+    in_group = idxs == torch.arange(num_groups, device=idxs.device)[:, None]
+    group_scores = torch.where(in_group, scores, torch.full_like(scores, -torch.inf))
+    # The rounding of the move is part of the result that has to be reproduced.
+    is_moved = torch.as_tensor(boxes.shape[0]) <= MAX_MOVED
+    offsets = idxs * (_max(boxes.flatten(), 0) + 1) * is_moved
+    kept = _GroupNMS.apply(boxes + offsets[:, None], group_scores, iou_threshold)
+    return kept[scores[kept].argsort(descending=True)]
+
+
+def _max(x: torch.Tensor, least: float) -> torch.Tensor:
+    """The largest value of ``x``, and ``least`` if there is none."""
+    return torch.cat([x, x.new_full((1,), least)]).max()
+
+
+class _GroupNMS(torch.autograd.Function):
+    """Boxes (N, 4) and scores (G, N), -inf where a box is not in a group, to the boxes kept."""
+
+    @staticmethod
+    def forward(ctx, boxes, scores, iou_threshold):
+        best, group = scores.max(dim=0)
+        return _batched_nms(boxes, best, group, iou_threshold)
+
+    @staticmethod
+    def symbolic(g, boxes, scores, iou_threshold):
+        def constant(value, dtype):
+            return g.op("Constant", value_t=torch.tensor([value], dtype=dtype))
+
+        first = constant(0, torch.long)
+        # One row (batch, group, box) for each box kept.
+        selected = g.op(
+            "NonMaxSuppression",
+            g.op("Unsqueeze", boxes, first),
+            g.op("Unsqueeze", scores, first),
+            constant(torch.iinfo(torch.long).max, torch.long),
+            constant(iou_threshold, torch.float),
+            constant(torch.finfo(torch.float).min, torch.float),  # above -inf
+        )
+        kept = g.op("Gather", selected, constant(2, torch.long), axis_i=1)
+        return g.op("Squeeze", kept, constant(1, torch.long))

@@ -1,0 +1,70 @@
+"""Export to ONNX, with height and width of the image left open."""
+
+import json
+
+import torch
+from detectron2.export.torchscript_patch import patch_builtin_len
+from torch import nn
+
+from balanced_d2.compat import no_export_warnings
+from balanced_d2.errors import UserError
+from balanced_d2.export.deployable import Deployable
+from balanced_d2.export.files import replacing
+from balanced_d2.export.metadata import METADATA_FILE
+from balanced_d2.export.nms import exporting_with, onnx_batched_nms
+
+# The first opset whose RoiAlign has Detectron2's alignment is 16.
+OPSET = 17
+
+
+def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
+    """Write a detector as an ONNX file.
+
+    Its input is ``image``, float32 of shape (C, height, width); its outputs are ``boxes``,
+    ``classes``, ``scores`` and ``image_size`` as of :meth:`Deployable.forward`.
+
+    Args:
+        model: as for :class:`Deployable`. It stays as it is.
+        image: an example, shape (C, H, W).
+        path: the file. One that is there is replaced when the new one is complete.
+        metadata: stored in the file as JSON, see :func:`balanced_d2.export.describe`.
+
+    Raises:
+        UserError: if the package ``onnx`` is missing, the model cannot be exported or the file not
+            be written.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError(
+            "exporting to ONNX needs the packages onnx and onnxruntime: "
+            "pip install onnx onnxruntime"
+        ) from error
+    deployable = Deployable(model)
+    with replacing(path) as temporary:
+        with (
+            no_export_warnings(),
+            torch.no_grad(),
+            patch_builtin_len(),
+            exporting_with(onnx_batched_nms),
+        ):
+            torch.onnx.export(
+                deployable,
+                (image.float(),),
+                temporary,
+                dynamo=False,  # the exporter built on torch.export fails on the proposals
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["boxes", "classes", "scores", "image_size"],
+                dynamic_axes={
+                    "image": {1: "height", 2: "width"},
+                    "boxes": {0: "detections"},
+                    "classes": {0: "detections"},
+                    "scores": {0: "detections"},
+                },
+            )
+        exported = onnx.load(temporary)
+        exported.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
+        onnx.helper.set_model_props(exported, {METADATA_FILE: json.dumps(metadata)})
+        onnx.checker.check_model(exported)
+        onnx.save(exported, temporary)

@@ -1,0 +1,60 @@
+"""The images that a model is traced with and verified on."""
+
+from typing import List
+
+import cv2
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+
+from balanced_d2.errors import UserError
+
+
+def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
+    """One image at four sizes, as the network takes it: uint8, shape (C, H, W).
+
+    The first is for tracing. The others, to verify with, are of the size that the config tests at,
+    of an odd size, and of one that needs no padding.
+
+    Args:
+        cfg: says size and order of the channels.
+        file: the image. By default the first one of ``DATASETS.TEST``, or noise if there is none.
+
+    Raises:
+        UserError: if ``file`` cannot be read.
+    """
+    image = _read(file, cfg)
+    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    image = resize.get_transform(image).apply_image(image)
+    height, width = image.shape[:2]
+    sizes = [
+        (height * 7 // 8, width * 5 // 6),
+        (height, width),
+        (height * 3 // 4 | 1, width * 2 // 3 | 1),
+        (-(-height * 4 // 5 // 32) * 32, -(-width * 7 // 8 // 32) * 32),
+    ]
+    resized = (cv2.resize(image, (max(w, 32), max(h, 32))) for h, w in sizes)
+    return [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in resized]
+
+
+def _read(file: str, cfg: CfgNode) -> np.ndarray:
+    if not file:
+        return _first_test_image(cfg)
+    try:
+        return read_image(file, format=cfg.INPUT.FORMAT)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot read the sample image {file}: {error}") from error
+
+
+def _first_test_image(cfg: CfgNode) -> np.ndarray:
+    for dataset in cfg.DATASETS.TEST:
+        try:
+            record = DatasetCatalog.get(dataset)[0]
+            return read_image(record["file_name"], format=cfg.INPUT.FORMAT)
+        except (KeyError, IndexError, OSError, UserError):
+            continue
+    blocks = np.random.default_rng(0).integers(256, size=(15, 20, 3), dtype=np.uint8)
+    return cv2.resize(blocks, (640, 480), interpolation=cv2.INTER_CUBIC)

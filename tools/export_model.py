@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Write a trained detector as one TorchScript or ONNX file, and verify that it is equal.
+
+The file is DIR/model.ts or DIR/model.onnx. tools/run_exported.py runs either, without Detectron2.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# First, so that importing Detectron2 is quiet.
+import balanced_d2.export as export
+from balanced_d2.checkpoint import load_weights
+from balanced_d2.config import load_config
+from balanced_d2.data import add_register_argument, register_from
+from balanced_d2.engine.setup import check_weights
+from balanced_d2.errors import UserError, tell_user_errors
+
+# isort: split
+from detectron2.modeling import build_model
+
+RUNNER = Path(__file__).with_name("run_exported.py")
+EXTENSIONS = {"torchscript": "ts", "onnx": "onnx"}
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.format == "onnx" and args.method == "scripting":
+        raise UserError("ONNX is written by tracing; leave out --method scripting")
+    register_from(args)
+    cfg = load_config(args.config_file, args.opts)
+    cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("nothing to export: set MODEL.WEIGHTS to a checkpoint")
+    check_weights(cfg)
+    path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
+    export.check_writable(path)
+    example, *images = export.sample_images(cfg, args.sample_image)
+    metadata = export.describe(cfg)
+    model = build_model(cfg).eval()
+    load_weights(model, cfg.MODEL.WEIGHTS)
+
+    if args.format == "onnx":
+        export.export_onnx(model, example, path, metadata)
+    else:
+        print(
+            "note: PyTorch has deprecated TorchScript in favour of torch.export; see docs/export.md"
+        )
+        export.export_torchscript(model, example, path, metadata, args.method)
+    print(f"written by {args.method}: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
+    if args.verify:
+        verify(model, path, images, args.format)
+
+
+def verify(model, path, images, format):
+    try:
+        comparisons = export.verify(model, path, images, format, str(RUNNER))
+    except RuntimeError as error:
+        sys.exit(f"error: {error} (the file is kept)")
+    print(export.table(comparisons))
+    if not all(comparison.agrees for comparison in comparisons):
+        sys.exit(f"error: {path} is not equal to the model; the file is kept")
+    if not any(len(comparison.eager.boxes) for comparison in comparisons):
+        print("note: nothing was detected, so little was compared; choose another --sample-image")
+    boxes, scores = export.TOLERANCES[format]
+    print(f"equal: boxes within {boxes:g} px, scores within {scores:g}, classes in the same order")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--format", choices=EXTENSIONS, default="torchscript")
+    parser.add_argument(
+        "--method", choices=export.METHODS, default="tracing", help="of writing TorchScript"
+    )
+    parser.add_argument(
+        "--sample-image",
+        default="",
+        metavar="FILE",
+        help="to trace and verify with (default: the first image of DATASETS.TEST)",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the file in a fresh process and compare it with the model",
+    )
+    add_register_argument(parser)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))

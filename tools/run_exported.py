@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""Run a detector that export_model.py has written, on images.
+
+Needs no Detectron2 and nothing of this project but this file: torch and torchvision for a
+TorchScript file, onnxruntime for an ONNX file, NumPy and Pillow for both. For each image, one line
+of JSON goes to standard output:
+
+    {"image": FILE, "height": H, "width": W, "seconds": LATENCY, "detections":
+        [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
+
+with boxes in pixels of the image, best score first. An image that cannot be read is reported, the
+others are done all the same. An IMAGE.npy holds an array (channels, height, width) that is given to
+the model as it is.
+"""
+
+import argparse
+import colorsys
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+METADATA = "balanced_d2.json"
+
+
+class UserError(Exception):
+    """Something that is the user's to mend, shown as one line."""
+
+
+class ExportedDetector:
+    """A detector in a TorchScript or ONNX file.
+
+    Attributes:
+        metadata: what the file says of itself: class_names, input_format, min_size, max_size.
+    """
+
+    def __init__(self, path: str, device: str = "cpu"):
+        if not os.path.isfile(path):
+            raise UserError(f"there is no model file {path}")
+        load = load_torchscript if zipfile.is_zipfile(path) else load_onnx
+        try:
+            self._run, metadata = load(path, device)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a loader stumbles over in a file that is none
+            raise UserError(
+                f"{path} is not a model that can be loaded: {one_line(error)}"
+            ) from None
+        if not metadata:
+            raise UserError(f"{path} was not written by export_model.py: it has no {METADATA}")
+        self.metadata = json.loads(metadata)
+
+    def __call__(self, array: np.ndarray):
+        """Array (channels, height, width) to boxes (N, 4), classes (N,), scores (N,)."""
+        return self._run(np.ascontiguousarray(array, dtype=np.float32))
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """An RGB image as the array that the network takes, scaled as in training."""
+        size = self.network_size(*image.size)
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        array = np.asarray(image)
+        if self.metadata["input_format"] == "BGR":
+            array = array[:, :, ::-1]
+        return array.transpose(2, 0, 1)
+
+    def network_size(self, width: int, height: int) -> tuple:
+        """Width and height to which an image is scaled."""
+        if self.metadata["min_size"] == 0:
+            return width, height
+        scale = self.metadata["min_size"] / min(width, height)
+        if scale * max(width, height) > self.metadata["max_size"]:
+            scale = self.metadata["max_size"] / max(width, height)
+        return int(width * scale + 0.5), int(height * scale + 0.5)
+
+
+def load_torchscript(path: str, device: str):
+    import torch
+    import torchvision  # noqa: F401  # its operators
+
+    files = {METADATA: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        model = torch.jit.load(path, map_location=device, _extra_files=files)
+
+    def run(array):
+        with torch.no_grad():
+            boxes, classes, scores, _ = model(torch.from_numpy(array).to(device))
+        return boxes.cpu().numpy(), classes.cpu().numpy(), scores.cpu().numpy()
+
+    return run, files[METADATA]
+
+
+def load_onnx(path: str, device: str):
+    if device != "cpu":
+        raise UserError("an ONNX file is run on the CPU; --device is for TorchScript files")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(
+            "an ONNX file needs the package onnxruntime: pip install onnxruntime"
+        ) from None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(array):
+        return session.run(["boxes", "classes", "scores"], {"image": array})
+
+    return run, session.get_modelmeta().custom_metadata_map.get(METADATA)
+
+
+def main(args: argparse.Namespace) -> int:
+    detector = ExportedDetector(args.model, args.device)
+    failed = 0
+    with Output(args.output) as output:
+        for path in args.images:
+            try:
+                image, array = read(path, detector)
+                record = detect(detector, path, image, array, args.threshold, args.repeat)
+                output.write(record, image)
+            except UserError as error:
+                tell(error)
+                failed += 1
+    return 2 if failed else 0
+
+
+def read(path: str, detector: ExportedDetector):
+    """The image (None for an array) and what the network takes."""
+    try:
+        if path.endswith(".npy"):
+            array = np.load(path)
+            if array.ndim != 3:
+                raise ValueError(f"an array (channels, height, width) is needed, not {array.shape}")
+            return None, array
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        return image, detector.preprocess(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {one_line(error)}") from None
+
+
+def detect(detector, path: str, image, array, threshold: float, repeat: int) -> dict:
+    if repeat:
+        for _ in range(3):  # TorchScript optimises itself in its first runs
+            detector(array)
+    seconds = []
+    for _ in range(max(1, repeat)):
+        start = time.perf_counter()
+        boxes, classes, scores = detector(array)
+        seconds.append(time.perf_counter() - start)
+    height, width = array.shape[1:]
+    if image is not None:
+        boxes, kept = to_size(boxes, (width, height), image.size)
+        boxes, classes, scores = boxes[kept], classes[kept], scores[kept]
+        width, height = image.size
+    names = detector.metadata["class_names"]
+    return {
+        "image": path,
+        "height": height,
+        "width": width,
+        "seconds": statistics.median(seconds),
+        "detections": [
+            {
+                "bbox": box.tolist(),
+                "class": names[label],
+                "class_id": int(label),
+                "score": float(score),
+            }
+            for box, label, score in zip(boxes, classes, scores)
+            if score >= threshold
+        ],
+    }
+
+
+def to_size(boxes: np.ndarray, network_size: tuple, size: tuple):
+    """Boxes in pixels of the image, and which of them are not empty."""
+    scale = np.divide(size, network_size)
+    boxes = (boxes * np.tile(scale, 2)).astype(np.float32).clip(0, np.tile(size, 2))
+    return boxes, (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+
+
+class Output:
+    """Where the results go: standard output, and a folder if one is given."""
+
+    def __init__(self, folder: str):
+        self.folder = folder and Path(folder)
+        self.lines = None
+        self.used = set()
+
+    def __enter__(self):
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lines = open(self.folder / "detections.jsonl", "w")
+            except OSError as error:
+                raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
+        return self
+
+    def __exit__(self, *_):
+        if self.lines:
+            self.lines.close()
+
+    def write(self, record: dict, image) -> None:
+        line = json.dumps(record)
+        print(line, flush=True)
+        if not self.folder:
+            return
+        self.lines.write(line + "\n")
+        if image is None:
+            return
+        file = self.picture_name(record["image"])
+        try:
+            draw(image, record["detections"]).save(file)
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}") from None
+
+    def picture_name(self, path: str) -> Path:
+        """A name that no other image of this run has, and that is not the image itself."""
+        stem, number = Path(path).stem, 1
+        while True:
+            file = self.folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")
+            is_input = file.exists() and file.samefile(path)
+            if file not in self.used and not is_input:
+                self.used.add(file)
+                return file
+            number += 1
+
+
+def draw(image: Image.Image, detections: list) -> Image.Image:
+    """The image with a box and a label for each detection, the best ones on top."""
+    image = image.copy()
+    canvas = ImageDraw.Draw(image)
+    line = max(1, round(min(image.size) / 300))
+    font = ImageFont.load_default(size=max(10, min(image.size) / 40))
+    for detection in reversed(detections):
+        color = class_color(detection["class_id"])
+        x1, y1, x2, y2 = detection["bbox"]
+        canvas.rectangle((x1, y1, x2, y2), outline=color, width=line)
+        text = f"{detection['class']} {detection['score']:.0%}"
+        left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+        height = bottom + 2
+        y = y1 - height if y1 >= height else y1  # above the box, inside it at the image's top
+        x = max(0, min(x1, image.width - right - 4))
+        canvas.rectangle((x, y, x + right + 4, y + height), fill=color)
+        canvas.text((x + 2, y), text, fill="black", font=font)
+    return image
+
+
+def class_color(number: int) -> tuple:
+    """A bright colour; the golden ratio keeps those of neighbouring numbers apart."""
+    rgb = colorsys.hls_to_rgb(number * 0.618034 % 1.0, 0.65, 0.9)
+    return tuple(round(255 * value) for value in rgb)
+
+
+def one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def tell(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="the file, TorchScript or ONNX")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="also write DIR/detections.jsonl and a picture of each image",
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, metavar="T", help="least score (default: 0.5)"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure: after a warm-up, run each image N times; `seconds` is the median",
+    )
+    parser.add_argument("--device", default="cpu", help="for a TorchScript file, such as cuda")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except UserError as error:
+        tell(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
