@@ -4,6 +4,7 @@ import contextlib
 import logging
 import types
 import warnings
+from unittest import mock
 
 import torch
 
@@ -32,6 +33,24 @@ def no_export_warnings():
             yield
     finally:
         fx.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_gradient_scaling():
+    """Within it, cascade ROI heads can be traced for inference.
+
+    Detectron2 0.6 scales their gradients with a Python function even where there are none; main
+    does so in training only.
+    """
+    from detectron2.modeling.roi_heads import cascade_rcnn
+
+    class Identity:
+        @staticmethod
+        def apply(x, scale):
+            return x
+
+    with mock.patch.object(cascade_rcnn, "_ScaleGradient", Identity):
+        yield
 
 
 def mend_lvis() -> None:

@@ -3,12 +3,8 @@
 torchvision suppresses each group (a class, or a level of the pyramid) by itself if there are more
 than 1,000 boxes, and otherwise all at once, after moving the groups apart, which rounds the boxes
 a little. ``torch.jit.trace`` always records the second form, so that a trace can keep other boxes
-than the model does. The functions here stand in for torchvision's while a model is exported.
+than the model does. The functions here take its place, see :mod:`balanced_d2.export.tracing`.
 """
-
-from contextlib import contextmanager
-from typing import Callable
-from unittest import mock
 
 import torch
 from torchvision.ops import boxes as box_ops
@@ -17,13 +13,6 @@ from torchvision.ops import boxes as box_ops
 MAX_MOVED = 1000
 
 _batched_nms = box_ops.batched_nms
-
-
-@contextmanager
-def exporting_with(batched_nms: Callable):
-    """Within it, torchvision's ``batched_nms``, and so Detectron2's, is the one given."""
-    with mock.patch.object(box_ops, "batched_nms", batched_nms):
-        yield
 
 
 def scripted_batched_nms() -> torch.jit.ScriptFunction:
@@ -52,6 +41,7 @@ def onnx_batched_nms(
     is_moved = torch.as_tensor(boxes.shape[0]) <= MAX_MOVED
     offsets = idxs * (_max(boxes.flatten(), 0) + 1) * is_moved
     kept = _GroupNMS.apply(boxes + offsets[:, None], group_scores, iou_threshold)
+    kept = kept.sort().values  # of equal scores, the first box comes first, as in torchvision
     return kept[scores[kept].argsort(descending=True)]
 
 

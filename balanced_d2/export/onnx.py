@@ -3,15 +3,14 @@
 import json
 
 import torch
-from detectron2.export.torchscript_patch import patch_builtin_len
 from torch import nn
 
-from balanced_d2.compat import no_export_warnings
 from balanced_d2.errors import UserError
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.files import replacing
 from balanced_d2.export.metadata import METADATA_FILE
-from balanced_d2.export.nms import exporting_with, onnx_batched_nms
+from balanced_d2.export.nms import onnx_batched_nms
+from balanced_d2.export.tracing import traceable
 
 # The first opset whose RoiAlign has Detectron2's alignment is 16.
 OPSET = 17
@@ -42,12 +41,7 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
         ) from error
     deployable = Deployable(model)
     with replacing(path) as temporary:
-        with (
-            no_export_warnings(),
-            torch.no_grad(),
-            patch_builtin_len(),
-            exporting_with(onnx_batched_nms),
-        ):
+        with traceable(onnx_batched_nms):
             torch.onnx.export(
                 deployable,
                 (image.float(),),

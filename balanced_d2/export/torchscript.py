@@ -5,7 +5,6 @@ import json
 
 import torch
 from detectron2.export import scripting_with_instances
-from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.structures import Boxes
 from torch import nn
 
@@ -14,7 +13,8 @@ from balanced_d2.errors import UserError, check_choice
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.files import replacing
 from balanced_d2.export.metadata import METADATA_FILE
-from balanced_d2.export.nms import exporting_with, scripted_batched_nms
+from balanced_d2.export.nms import scripted_batched_nms
+from balanced_d2.export.tracing import traceable
 
 METHODS = ("tracing", "scripting")
 
@@ -57,12 +57,7 @@ def trace(model: nn.Module, image: torch.Tensor) -> torch.jit.ScriptModule:
         image: an example, shape (C, H, W).
     """
     deployable = Deployable(model)
-    with (
-        no_export_warnings(),
-        torch.no_grad(),
-        patch_builtin_len(),
-        exporting_with(scripted_batched_nms()),
-    ):
+    with traceable(scripted_batched_nms()):
         traced = torch.jit.trace(deployable, (image.float(),), check_trace=False)
     for module in traced.modules():
         if module._c._has_method("forward"):
@@ -74,7 +69,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
     """:class:`Deployable` of a model, scripted.
 
     Args:
-        model: as for :class:`Deployable`. Only ROI heads without cascade can be scripted.
+        model: as for :class:`Deployable`. It stays as it is.
 
     Raises:
         UserError: if TorchScript cannot compile the model.

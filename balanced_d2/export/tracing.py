@@ -1,0 +1,28 @@
+"""What has to be different in Detectron2 while a model is traced, for TorchScript or for ONNX."""
+
+from contextlib import contextmanager
+from typing import Callable
+from unittest import mock
+
+import torch
+from detectron2.export.torchscript_patch import patch_builtin_len
+from torchvision.ops import boxes as box_ops
+
+from balanced_d2.compat import no_export_warnings, no_gradient_scaling
+
+
+@contextmanager
+def traceable(batched_nms: Callable):
+    """Within it, models can be traced.
+
+    Args:
+        batched_nms: takes the place of torchvision's, see :mod:`balanced_d2.export.nms`.
+    """
+    with (
+        no_export_warnings(),
+        no_gradient_scaling(),
+        patch_builtin_len(),
+        mock.patch.object(box_ops, "batched_nms", batched_nms),
+        torch.no_grad(),
+    ):
+        yield
