@@ -36,8 +36,9 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 class _FittingCheckpointer(DetectionCheckpointer):
     def _log_incompatible_keys(self, incompatible):
+        reshaped = {key for key, _, _ in incompatible.incorrect_shapes}
         problems = [
-            *(f"{key} is missing" for key in incompatible.missing_keys),
+            *(f"{key} is missing" for key in incompatible.missing_keys if key not in reshaped),
             *(f"{key} is left over" for key in incompatible.unexpected_keys),
             *(
                 f"{key} has shape {theirs}, not {ours}"

@@ -71,6 +71,22 @@ def tiny_coco(tmp_path_factory) -> Path:
     return write_coco(tmp_path_factory.mktemp("tiny_coco") / "data")
 
 
+DEMO_CONFIG = "configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """The folder of a whole run of the demo: ``output/model_final.pth`` and ``datasets/``."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = train_net(
+        *("OUTPUT_DIR", folder / "output"),
+        config=DEMO_CONFIG,
+        env={"DETECTRON2_DATASETS": str(folder / "datasets")},
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
 TINY_MODEL = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
     *("MODEL.FPN.OUT_CHANNELS", "16"),

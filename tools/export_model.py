@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> None:
     example, *images = export.sample_images(cfg, args.sample_image)
     metadata = export.describe(cfg)
     model = build_model(cfg).eval()
+    export.check_exportable(model)
     load_weights(model, cfg.MODEL.WEIGHTS)
 
     if args.format == "onnx":

@@ -1,6 +1,6 @@
 """Export of trained detectors to TorchScript and ONNX, for use without Detectron2."""
 
-from balanced_d2.export.deployable import Deployable
+from balanced_d2.export.deployable import Deployable, check_exportable
 from balanced_d2.export.files import check_writable
 from balanced_d2.export.metadata import describe
 from balanced_d2.export.onnx import export_onnx
@@ -13,6 +13,7 @@ __all__ = [
     "TOLERANCES",
     "Comparison",
     "Deployable",
+    "check_exportable",
     "check_writable",
     "describe",
     "export_onnx",

@@ -28,7 +28,7 @@ class Deployable(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        _check_exportable(model)
+        check_exportable(model)
         self.model = model
         self.eval()
 
@@ -58,8 +58,9 @@ class Deployable(nn.Module):
         )
 
 
-def _check_exportable(model: nn.Module) -> None:
-    if not isinstance(model, GeneralizedRCNN):
+def check_exportable(model: nn.Module) -> None:
+    """Raise :class:`UserError` if a model is of a kind, or in a mode, that cannot be exported."""
+    if getattr(type(model), "inference", None) is not GeneralizedRCNN.inference:
         raise UserError(
             f"the meta-architecture {type(model).__name__} cannot be exported; "
             "supported is GeneralizedRCNN (MODEL.META_ARCHITECTURE)"

@@ -7,7 +7,10 @@ than the model does. The functions here take its place, see :mod:`balanced_d2.ex
 """
 
 import torch
+from detectron2.layers import shapes_to_tensor
 from torchvision.ops import boxes as box_ops
+
+from balanced_d2.compat import no_export_warnings
 
 # On the CPU, torchvision moves this many boxes apart at most.
 MAX_MOVED = 1000
@@ -17,7 +20,8 @@ _batched_nms = box_ops.batched_nms
 
 def scripted_batched_nms() -> torch.jit.ScriptFunction:
     """torchvision's function with the choice of form made at run time, for ``torch.jit.trace``."""
-    return torch.jit.script(_batched_nms)
+    with no_export_warnings():
+        return torch.jit.script(_batched_nms)
 
 
 def onnx_batched_nms(
@@ -38,7 +42,7 @@ def onnx_batched_nms(
     in_group = idxs == torch.arange(num_groups, device=idxs.device)[:, None]
     group_scores = torch.where(in_group, scores, torch.full_like(scores, -torch.inf))
     # The rounding of the move is part of the result that has to be reproduced.
-    is_moved = torch.as_tensor(boxes.shape[0]) <= MAX_MOVED
+    is_moved = shapes_to_tensor([boxes.shape[0]]) <= MAX_MOVED
     offsets = idxs * (_max(boxes.flatten(), 0) + 1) * is_moved
     kept = _GroupNMS.apply(boxes + offsets[:, None], group_scores, iou_threshold)
     kept = kept.sort().values  # of equal scores, the first box comes first, as in torchvision

@@ -34,10 +34,14 @@ def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
         (height * 7 // 8, width * 5 // 6),
         (height, width),
         (height * 3 // 4 | 1, width * 2 // 3 | 1),
-        (-(-height * 4 // 5 // 32) * 32, -(-width * 7 // 8 // 32) * 32),
+        (_round_up(height * 9 // 8, 32), _round_up(width * 9 // 8, 32)),
     ]
     resized = (cv2.resize(image, (max(w, 32), max(h, 32))) for h, w in sizes)
     return [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in resized]
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _read(file: str, cfg: CfgNode) -> np.ndarray:

@@ -161,7 +161,7 @@ def _matching_order(eager: Detections, exported: Detections, tolerance: float):
     The order is the same, but for detections whose scores are nearer to each other than the
     tolerance: which of them comes first is then a matter of rounding.
     """
-    if len(eager.boxes) != len(exported.boxes):
+    if len(eager.boxes) != len(exported.boxes) or (np.diff(exported.scores) > tolerance).any():
         return None
     order, free = [], list(range(len(exported.boxes)))
     for box, label, score in zip(eager.boxes, eager.classes, eager.scores):

@@ -1,0 +1,361 @@
+"""Exported models equal the eager one, hold nothing of the machine, and leave the model alone."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch.nn import functional as F
+from torchvision.ops import batched_nms
+
+from balanced_d2 import export, load_config
+from balanced_d2.errors import UserError
+from balanced_d2.export.nms import onnx_batched_nms, scripted_batched_nms
+from balanced_d2.export.verify import Comparison, Detections
+
+from .conftest import TINY_CONFIG
+
+KINDS = ("tracing", "scripting", "onnx")
+# What an exported model may differ by: boxes in pixels, scores.
+TOLERANCE = {"tracing": (1e-3, 1e-5), "scripting": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+METADATA = {"class_names": ["a", "b", "c"]}
+SIZES = [(64, 96), (97, 211), (33, 190), (224, 160), (150, 149)]
+
+
+def small_model(*opts, config=TINY_CONFIG):
+    """A model with random weights whose scores spread out, so that their order is no accident."""
+    opts = [*("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "32"), *opts]
+    model = build_model(load_config(config, opts)).eval()
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cls_score.weight", "objectness_logits.weight")):
+            torch.nn.init.normal_(parameter, std=0.1)
+        if name.endswith(("conv_out.weight", "bbox_pred.weight")):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def smooth_image(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = 255 * torch.rand(1, 3, height // 8 + 2, width // 8 + 2, generator=generator)
+    return F.interpolate(blocks, (height, width), mode="bicubic")[0].clamp(0, 255).byte()
+
+
+def exported(model, kind, folder):
+    """The exported model, loaded from its file, as a function of one image to tensors."""
+    path = str(folder / kind)
+    example = smooth_image(120, 140, seed=1)
+    if kind != "onnx":
+        export.export_torchscript(model, example, path, METADATA, kind)
+        return torch.jit.load(path)
+    export.export_onnx(model, example, path, METADATA)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: [
+        torch.from_numpy(value) for value in session.run(None, {"image": image.float().numpy()})
+    ]
+
+
+def assert_equal(model, run, image, kind):
+    with torch.no_grad():
+        expected = model([{"image": image}])[0]["instances"]
+        boxes, classes, scores, image_size = run(image)
+    assert tuple(image_size.tolist()) == tuple(image.shape[-2:]) and image_size.dtype == torch.int64
+    assert boxes.shape == (len(expected), 4)
+    assert classes.dtype == torch.int64 and torch.equal(classes, expected.pred_classes)
+    box_tolerance, score_tolerance = TOLERANCE[kind]
+    torch.testing.assert_close(boxes, expected.pred_boxes.tensor, rtol=0, atol=box_tolerance)
+    torch.testing.assert_close(scores, expected.scores, rtol=0, atol=score_tolerance)
+    return len(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+def test_equal_at_sizes_never_seen(refine_type, kind, tmp_path):
+    model = small_model("MODEL.BALANCED_FPN.REFINE_TYPE", refine_type)
+    run = exported(model, kind, tmp_path)
+    for size in SIZES:
+        image = smooth_image(*size)
+        assert assert_equal(model, run, image, kind) == 100
+        # Tracing was done with floats; integers are taken as well, and give the same.
+        assert_equal(model, run, image.float(), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "opts",
+    [
+        # At most 1,000 proposals, which non-maximum suppression treats differently.
+        ["MODEL.RPN.PRE_NMS_TOPK_TEST", "100"],
+        ["MODEL.BALANCED_FPN.REFINE_LEVEL", "4"],
+        ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"],
+        ["MODEL.BALANCED_FPN.ENABLED", "False"],
+    ],
+    ids=["few proposals", "refined at P6", "class-agnostic", "plain FPN"],
+)
+def test_equal_for_other_configs(opts, kind, tmp_path):
+    model = small_model(*opts)
+    run = exported(model, kind, tmp_path)
+    for size in SIZES[:3]:
+        assert assert_equal(model, run, smooth_image(*size), kind) > 0
+
+
+@pytest.mark.parametrize("kind", ["tracing", "onnx"])
+def test_equal_for_cascade(kind, tmp_path):
+    model = small_model(
+        *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
+        config="configs/BCCD/faster_rcnn_R_18_FPN.yaml",
+    )
+    run = exported(model, kind, tmp_path)
+    for size in SIZES[:2]:
+        assert assert_equal(model, run, smooth_image(*size), kind) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_without_detections(kind, tmp_path):
+    model = small_model("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0")
+    run = exported(model, kind, tmp_path)
+    for size in SIZES[:3]:
+        assert assert_equal(model, run, smooth_image(*size), kind) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_leaves_the_model_as_it_is(kind, tmp_path):
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for repetition in ("first", "second"):
+        (tmp_path / repetition).mkdir()
+        run = exported(model, kind, tmp_path / repetition)
+        assert assert_equal(model, run, smooth_image(97, 211), kind) > 0
+    assert not model.training
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    instances = Instances((96, 128))
+    instances.gt_boxes = Boxes(torch.tensor([[5.0, 8, 60, 50]]))
+    instances.gt_classes = torch.tensor([1])
+    with EventStorage():
+        losses = model.train()([{"image": smooth_image(96, 128), "instances": instances}])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["tracing", "scripting"])
+def test_no_device_in_the_file(method, tmp_path):
+    exported(small_model(), method, tmp_path)
+    with zipfile.ZipFile(tmp_path / method) as archive:
+        code = {
+            name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")
+        }
+    assert len(code) > 20
+    for name, text in code.items():
+        assert "torch.device(" not in text and "cuda" not in text, name
+    # The scan sees what it looks for: a trace as PyTorch makes it has such constants.
+    naive = torch.jit.trace(lambda x: x + torch.zeros(3, device="cpu"), torch.zeros(3))
+    assert "torch.device(" in naive.code
+
+
+def test_metadata_is_in_the_file(tmp_path):
+    for method in ("tracing", "scripting"):
+        exported(small_model(), method, tmp_path)
+        files = {"balanced_d2.json": ""}
+        torch.jit.load(str(tmp_path / method), _extra_files=files)
+        assert json.loads(files["balanced_d2.json"]) == METADATA
+    exported(small_model(), "onnx", tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx", providers=["CPUExecutionProvider"])
+    properties = session.get_modelmeta().custom_metadata_map
+    assert json.loads(properties["balanced_d2.json"]) == METADATA
+    (image,) = session.get_inputs()
+    assert (image.name, image.type, image.shape[0]) == ("image", "tensor(float)", 3)
+    assert all(isinstance(dimension, str) for dimension in image.shape[1:])
+    assert {output.name: output.shape[1:] for output in session.get_outputs()} == {
+        "boxes": [4],
+        "classes": [],
+        "scores": [],
+        "image_size": [],
+    }
+
+
+def test_class_names_and_preprocessing():
+    cfg = load_config("configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml")
+    described = export.describe(cfg)
+    assert len(described["class_names"]) == 5 and "disk" in described["class_names"]
+    assert (described["input_format"], described["min_size"], described["max_size"]) == (
+        "BGR",
+        128,
+        1333,
+    )
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    with pytest.raises(UserError, match="has 5 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 4"):
+        export.describe(cfg)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("nowhere",)
+    assert export.describe(cfg)["class_names"] == ["0", "1", "2", "3"]
+    cfg.INPUT.FORMAT = "YUV-BT.601"
+    with pytest.raises(UserError, match="INPUT.FORMAT"):
+        export.describe(cfg)
+
+
+def traced_nms():
+    nms = scripted_batched_nms()
+    example = (torch.rand(5, 4), torch.rand(5), torch.arange(5))
+    return torch.jit.trace(lambda *values: nms(*values, 0.5), example)
+
+
+def onnx_nms():
+    class NMS(torch.nn.Module):
+        def forward(self, boxes, scores, groups):
+            return onnx_batched_nms(boxes, scores, groups, 0.5)
+
+    names, file = ["boxes", "scores", "groups"], io.BytesIO()
+    torch.onnx.export(
+        NMS(),
+        (torch.rand(5, 4), torch.rand(5), torch.arange(5)),
+        file,
+        dynamo=False,
+        opset_version=17,
+        input_names=names,
+        dynamic_axes={name: {0: "n"} for name in names},
+    )
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+
+    def run(*values):
+        inputs = {name: value.numpy() for name, value in zip(names, values)}
+        return torch.from_numpy(session.run(None, inputs)[0])
+
+    return run
+
+
+@pytest.mark.parametrize("build", [traced_nms, onnx_nms])
+def test_nms_equals_torchvisions(build):
+    """In both of torchvision's forms, of which one rounds the boxes, and with equal scores."""
+    nms = build()
+    for num_boxes in (0, 1, 40, 1000, 1001, 4000):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            # Sides of 30 on a grid of 10: an IoU of 0.5 is frequent, and rounding decides.
+            corners = 10 * torch.randint(30, (num_boxes, 2)) + torch.rand(1)
+            boxes = torch.cat([corners, corners + 30], dim=1)
+            scores = (50 * torch.rand(num_boxes)).round() / 50
+            groups = torch.randint(7, (num_boxes,))
+            expected = batched_nms(boxes, scores, groups, 0.5)
+            kept = nms(boxes, scores, groups)
+            # torchvision promises no order among equal scores.
+            assert sorted(kept.tolist()) == sorted(expected.tolist())
+            assert torch.equal(scores[kept], scores[expected])
+
+
+RETINANET = [
+    *("MODEL.META_ARCHITECTURE", "RetinaNet"),
+    *("MODEL.BACKBONE.NAME", "build_balanced_retinanet_resnet_fpn_backbone"),
+    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.RETINANET.NUM_CLASSES", "3"),
+    *("MODEL.BALANCED_FPN.REFINE_LEVEL", "1"),
+    *("MODEL.FPN.OUT_CHANNELS", "16"),
+]
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (RETINANET, "RetinaNet cannot be exported"),
+        (["MODEL.MASK_ON", "True"], "predicts masks"),
+        (["MODEL.KEYPOINT_ON", "True"], "predicts keypoints"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "given its proposals"),
+    ],
+)
+def test_models_that_cannot_be_exported(opts, message):
+    cfg = load_config(TINY_CONFIG, ["MODEL.DEVICE", "cpu", *opts])
+    with pytest.raises(UserError, match=message):
+        export.Deployable(build_model(cfg).eval())
+
+
+def test_training_mode_is_refused(tmp_path):
+    model = small_model()
+    image = smooth_image(64, 64)
+    model.backbone.train()  # one part is enough
+    for write in (export.export_torchscript, export.export_onnx):
+        with pytest.raises(UserError, match="is in training mode; call model.eval()"):
+            write(model, image, str(tmp_path / "model"), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_scripted_is_told(tmp_path):
+    model = small_model(
+        *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
+        config="configs/BCCD/faster_rcnn_R_18_FPN.yaml",
+    )
+    with pytest.raises(UserError, match="export it by tracing"):
+        export.script(model)
+
+
+def test_a_failing_export_keeps_the_file_that_was_there(tmp_path):
+    path = tmp_path / "model.ts"
+    path.write_text("the last one")
+    with pytest.raises(TypeError):
+        export.export_torchscript(small_model(), smooth_image(64, 64), str(path), {"no": {"json"}})
+    assert path.read_text() == "the last one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_sample_images(tmp_path):
+    cfg = load_config("configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml")
+    cfg.DATASETS.TEST = ("nowhere",)
+    images = export.sample_images(cfg)
+    sizes = [tuple(image.shape[1:]) for image in images]
+    assert len(set(sizes)) == 4 and all(image.shape[0] == 3 for image in images)
+    assert sizes[1] == (128, 171)
+    assert all(side % 2 for side in sizes[2]) and all(side % 32 == 0 for side in sizes[3])
+    (tmp_path / "image.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="cannot read the sample image .*image.jpg"):
+        export.sample_images(cfg, str(tmp_path / "image.jpg"))
+
+
+def detections(scores, classes, shift=0.0, image_size=(20, 30)):
+    boxes = np.array([[10.0 * i + shift, 0, 10 * i + 8, 9] for i in range(len(scores))])
+    return Detections(
+        boxes.reshape(-1, 4).astype(np.float32),
+        np.array(classes),
+        np.array(scores, dtype=np.float32),
+        image_size,
+        latency=0.1,
+    )
+
+
+def swapped(found, i, j):
+    order = np.arange(len(found.boxes))
+    order[[i, j]] = order[[j, i]]
+    return Detections(
+        found.boxes[order], found.classes[order], found.scores[order], found.image_size, 0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "change, agrees",
+    {
+        "nothing": (lambda d: d, True),
+        "boxes a little": (lambda d: detections(d.scores, d.classes, shift=1e-4), True),
+        "boxes too much": (lambda d: detections(d.scores, d.classes, shift=2e-3), False),
+        "scores a little": (lambda d: detections(d.scores + 5e-6, d.classes), True),
+        "scores too much": (lambda d: detections(d.scores + 5e-5, d.classes), False),
+        "a class": (lambda d: detections(d.scores, [0, 1, 1, 0]), False),
+        "one detection less": (lambda d: detections(d.scores[:3], d.classes[:3]), False),
+        "the image size": (lambda d: detections(d.scores, d.classes, image_size=(20, 31)), False),
+        "the order of different scores": (lambda d: swapped(d, 0, 1), False),
+        "the order of equal scores": (lambda d: swapped(d, 2, 3), True),
+    }.values(),
+)
+def test_comparison(change, agrees):
+    eager = detections([0.9, 0.8, 0.500001, 0.5], [0, 1, 1, 1])
+    comparison = Comparison(eager, change(eager), tolerance=(1e-3, 1e-5))
+    assert comparison.agrees == agrees
+
+
+def test_comparison_of_nothing():
+    assert Comparison(detections([], []), detections([], []), (1e-3, 1e-5)).agrees

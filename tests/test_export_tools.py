@@ -1,0 +1,414 @@
+"""tools/export_model.py and tools/run_exported.py as a user calls them, on the trained demo."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from balanced_d2 import load_config
+from balanced_d2.checkpoint import load_weights
+from balanced_d2.data.shapes import CLASSES
+from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.export import Comparison
+from balanced_d2.export.verify import Detections
+
+from .conftest import DEMO_CONFIG, ROOT, TINY_CONFIG, assert_told, run_program, train_net
+
+EXPORTS = {
+    "tracing": ("model.ts", []),
+    "scripting": ("model.ts", ["--method", "scripting"]),
+    "onnx": ("model.onnx", ["--format", "onnx"]),
+}
+# Boxes in pixels, scores.
+TOLERANCES = {"tracing": (1e-3, 1e-5), "scripting": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+
+
+@pytest.fixture(scope="module")
+def datasets(demo):
+    return {"DETECTRON2_DATASETS": str(demo / "datasets")}
+
+
+@pytest.fixture(scope="module")
+def exports(demo, datasets, tmp_path_factory):
+    """What export_model.py wrote and said, by kind."""
+    results = {}
+    for kind, (name, options) in EXPORTS.items():
+        folder = tmp_path_factory.mktemp(kind) / "made" / "by the tool"
+        result = run_program(
+            "tools/export_model.py",
+            *("--config-file", DEMO_CONFIG, "--output", folder),
+            *options,
+            *("MODEL.WEIGHTS", demo / "output" / "model_final.pth"),
+            env=datasets,
+        )
+        results[kind] = (folder / name, result)
+    return results
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """An environment where neither Detectron2 nor this project can be imported."""
+    folder = tmp_path_factory.mktemp("bare")
+    for package in ("detectron2", "balanced_d2"):
+        (folder / f"{package}.py").write_text("raise ImportError('not here')")
+    env = {"PYTHONPATH": str(folder)}
+    for package in ("detectron2", "balanced_d2"):
+        result = run_python(f"import {package}", env)
+        assert "ImportError: not here" in result.stderr
+    return env
+
+
+def run_python(code, env):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(demo, datasets, tmp_path_factory):
+    """Detections of ``train_net.py --eval-only`` by file name."""
+    output = tmp_path_factory.mktemp("evaluated")
+    result = train_net(
+        *("--eval-only", "MODEL.WEIGHTS", demo / "output" / "model_final.pth"),
+        *("OUTPUT_DIR", output),
+        config=DEMO_CONFIG,
+        env=datasets,
+    )
+    assert result.returncode == 0, result.stderr
+    annotations = json.loads((demo / "datasets" / "balanced_shapes" / "val.json").read_text())
+    predictions = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    classes = [category["id"] for category in annotations["categories"]]
+    by_image = {}
+    for image in annotations["images"]:
+        found = [
+            {**p, "bbox": corners(*p["bbox"]), "class_id": classes.index(p["category_id"])}
+            for p in predictions
+            if p["image_id"] == image["id"]
+        ]
+        by_image[image["file_name"]] = as_detections({**image, "detections": found})
+    return by_image
+
+
+def corners(x, y, width, height):
+    return [x, y, x + width, y + height]
+
+
+def as_detections(record):
+    found = record["detections"]
+    return Detections(
+        np.reshape([d["bbox"] for d in found], (-1, 4)),
+        np.array([d["class_id"] for d in found]),
+        np.array([d["score"] for d in found]),
+        (record["height"], record["width"]),
+        latency=0.0,
+    )
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_export_verifies_itself_and_is_quiet(exports, kind):
+    file, result = exports[kind]
+    assert result.returncode == 0, result.stderr
+    assert file.is_file() and list(file.parent.iterdir()) == [file]
+    assert "equal: boxes within" in result.stdout
+    rows = [line for line in result.stdout.splitlines() if line.endswith(" equal")]
+    assert len(rows) == 3
+    everything = result.stdout + result.stderr
+    assert "Warning" not in everything
+    assert everything.count("deprecated") == (0 if kind == "onnx" else 1)
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_runner_without_detectron2_equals_evaluation(
+    exports, kind, bare, demo, evaluated, tmp_path
+):
+    images = demo / "datasets" / "balanced_shapes" / "val"
+    result = run_program(
+        "tools/run_exported.py",
+        exports[kind][0],
+        *(images / name for name in evaluated),
+        *("--threshold", "0", "--output", tmp_path),
+        env=bare,
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout == (tmp_path / "detections.jsonl").read_text()
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [os.path.basename(record["image"]) for record in records] == list(evaluated)
+    for record in records:
+        expected = evaluated[os.path.basename(record["image"])]
+        comparison = Comparison(expected, as_detections(record), TOLERANCES[kind])
+        assert comparison.agrees, (record["image"], comparison.difference)
+        assert all(d["class"] == CLASSES[d["class_id"]] for d in record["detections"])
+    assert sum(len(record["detections"]) for record in records) > 100
+    for name in evaluated:
+        with (
+            Image.open(images / name) as image,
+            Image.open(tmp_path / f"{name.rsplit('.', 1)[0]}.png") as picture,
+        ):
+            assert picture.size == image.size
+            assert (np.asarray(picture) != np.asarray(image.convert("RGB"))).any()
+
+
+@pytest.mark.parametrize("kind", ["tracing", "scripting"])
+def test_torchscript_needs_only_torch_and_torchvision(exports, kind, bare):
+    result = run_python(
+        "import sys, torch, torchvision\n"
+        f"model = torch.jit.load({str(exports[kind][0])!r})\n"
+        "for dtype in (torch.uint8, torch.float32):\n"
+        "    image = torch.zeros(3, 77, 131, dtype=dtype)\n"
+        "    boxes, classes, scores, size = model(image)\n"
+        "    assert size.tolist() == [77, 131] and boxes.shape == (len(scores), 4)\n"
+        "    assert len(classes) == len(scores)\n"
+        "assert not {'detectron2', 'balanced_d2'} & set(sys.modules)\n",
+        bare,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_runner_scales_images_and_keeps_what_is_there(exports, bare, tmp_path):
+    """An image larger than the network's, turned by its EXIF tag, in the folder of the output."""
+    from detectron2.data.detection_utils import read_image
+    from detectron2.engine import DefaultPredictor
+
+    noise = np.random.default_rng(0).integers(256, size=(9, 11, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((500, 333), Image.Resampling.BICUBIC)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "photo.png", exif=exif)
+    before = (tmp_path / "photo.png").read_bytes()
+
+    file, _ = exports["tracing"]
+    result = run_program(
+        *("tools/run_exported.py", file, tmp_path / "photo.png", tmp_path / "photo.png"),
+        *("--threshold", "0", "--output", tmp_path),
+        env=bare,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "photo.png").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "photo.png",
+        "photo_2.png",
+        "photo_3.png",
+        "detections.jsonl",
+    }
+    record = json.loads(result.stdout.splitlines()[0])
+    assert (record["height"], record["width"]) == (500, 333)
+
+    weights = exports["tracing"][1].args[-1]
+    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(weights)])
+    expected = DefaultPredictor(cfg)(read_image(str(tmp_path / "photo.png"), "BGR"))["instances"]
+    assert len(record["detections"]) == len(expected) > 0
+    np.testing.assert_allclose(
+        [detection["bbox"] for detection in record["detections"]],
+        expected.pred_boxes.tensor.numpy(),
+        rtol=0,
+        atol=1e-3,
+    )
+
+
+def test_threshold(exports, demo):
+    image = next((demo / "datasets" / "balanced_shapes" / "val").iterdir())
+    counts = []
+    for threshold in ("0", "0.5", "1.1"):
+        result = run_program(
+            "tools/run_exported.py", exports["onnx"][0], image, "--threshold", threshold
+        )
+        scores = [d["score"] for d in json.loads(result.stdout)["detections"]]
+        assert all(score >= float(threshold) for score in scores)
+        counts.append(len(scores))
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
+def test_verification_finds_a_model_that_is_not_equal(exports, demo, capsys):
+    tool = load_tool("export_model")
+    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg).eval()
+    load_weights(model, str(demo / "output" / "model_final.pth"))
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[0] += 1e-3
+    file, _ = exports["tracing"]
+    images = [torch.from_numpy(np.asarray(example_image(demo)).transpose(2, 0, 1).copy())]
+    with pytest.raises(SystemExit) as stopped:
+        tool.verify(model, str(file), images, "torchscript")
+    assert "is not equal to the model; the file is kept" in stopped.value.code
+    assert "DIFFERENT" in capsys.readouterr().out
+    assert file.is_file()
+
+
+def example_image(demo):
+    return Image.open(next((demo / "datasets" / "balanced_shapes" / "val").iterdir()))
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of the tiny config with random weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = build_model(load_config(TINY_CONFIG, ["MODEL.DEVICE", "cpu"]))
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    (folder / "broken.pth").write_bytes((folder / "model.pth").read_bytes()[:1000])
+    (folder / "text.pth").write_text("not a checkpoint")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options, opts, parts",
+    {
+        "no weights": ([], [], ["nothing to export", "MODEL.WEIGHTS"]),
+        "no such weights": ([], ["MODEL.WEIGHTS", "{weights}/none.pth"], ["there is no file"]),
+        "broken weights": ([], ["MODEL.WEIGHTS", "{weights}/broken.pth"], ["cannot load"]),
+        "no weights at all": ([], ["MODEL.WEIGHTS", "{weights}/text.pth"], ["cannot load"]),
+        "weights of another shape": (
+            [],
+            ["MODEL.WEIGHTS", "{weights}/model.pth", "MODEL.ROI_HEADS.NUM_CLASSES", "7"],
+            ["box_predictor.cls_score.weight has shape", "and 1 more"],
+        ),
+        "weights of less": (
+            [],
+            ["MODEL.WEIGHTS", "{weights}/model.pth", "MODEL.ROI_BOX_HEAD.NUM_FC", "3"],
+            ["roi_heads.box_head.fc3.weight is missing"],
+        ),
+        "weights of more": (
+            [],
+            ["MODEL.WEIGHTS", "{weights}/model.pth", "MODEL.BALANCED_FPN.ENABLED", "False"],
+            ["backbone.balancer.refine.theta.weight is left over"],
+        ),
+        "output below a file": (
+            ["--output", "{weights}/text.pth/below"],
+            ["MODEL.WEIGHTS", "{weights}/model.pth"],
+            ["cannot write to the folder", "text.pth"],
+        ),
+        "meta-architecture": (
+            [],
+            [
+                *("MODEL.WEIGHTS", "{weights}/model.pth"),
+                *("MODEL.META_ARCHITECTURE", "PanopticFPN"),
+            ],
+            ["the meta-architecture PanopticFPN cannot be exported"],
+        ),
+        "scripting for ONNX": (
+            ["--format", "onnx", "--method", "scripting"],
+            ["MODEL.WEIGHTS", "{weights}/model.pth"],
+            ["--method scripting"],
+        ),
+        "sample image": (
+            ["--sample-image", "{weights}/none.jpg"],
+            ["MODEL.WEIGHTS", "{weights}/model.pth"],
+            ["cannot read the sample image", "none.jpg"],
+        ),
+        "unknown key": ([], ["MODEL.WEIGTHS", "x"], ["MODEL.WEIGTHS", "did you mean"]),
+    }.values(),
+)
+def test_export_tells_what_is_wrong(options, opts, parts, weights, tmp_path, monkeypatch, capsys):
+    fill = [text.replace("{weights}", str(weights)) for text in (*options, *opts)]
+    if "--output" not in options:
+        fill = ["--output", str(tmp_path / "output"), *fill]
+    arguments = ["export_model.py", "--config-file", TINY_CONFIG, *fill]
+    monkeypatch.setattr(sys, "argv", arguments)
+    tool = load_tool("export_model")
+    assert tell_user_errors(tool.main, tool.parse_args()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert all(part in said for part in parts)
+    assert not list(tmp_path.rglob("model.*"))
+
+
+def test_export_ends_with_one_line_and_an_exit_code(weights, tmp_path):
+    result = run_program(
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path),
+        *("MODEL.WEIGHTS", weights / "none.pth"),
+    )
+    assert_told(result, "there is no file", "none.pth")
+    assert result.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    {
+        "no such model": (["{bad}/none.ts", "{image}"], ["there is no model file", "none.ts"]),
+        "cut TorchScript": (["{bad}/cut.ts", "{image}"], ["cut.ts is not a model"]),
+        "cut ONNX": (["{bad}/cut.onnx", "{image}"], ["cut.onnx is not a model"]),
+        "a zip": (["{bad}/other.zip", "{image}"], ["other.zip is not a model"]),
+        "another TorchScript": (["{bad}/other.ts", "{image}"], ["other.ts was not written by"]),
+        "no such image": (["{model}", "{bad}/none.jpg"], ["cannot read image", "none.jpg"]),
+        "image is text": (["{model}", "{bad}/text.jpg"], ["cannot read image", "text.jpg"]),
+        "cut image": (["{model}", "{bad}/cut.png"], ["cannot read image", "cut.png"]),
+        "array": (["{model}", "{bad}/flat.npy"], ["flat.npy", "(channels, height, width)"]),
+        "output is a file": (
+            ["{model}", "{image}", "--output", "{bad}/text.jpg"],
+            ["cannot write to", "text.jpg"],
+        ),
+        "device for ONNX": (["{onnx}", "{image}", "--device", "cuda"], ["--device"]),
+    }.values(),
+)
+def test_runner_tells_what_is_wrong(arguments, parts, exports, bad_files, bare):
+    fill = {
+        "{model}": exports["tracing"][0],
+        "{onnx}": exports["onnx"][0],
+        "{bad}": bad_files,
+        "{image}": bad_files / "good.png",
+    }
+    for key, value in fill.items():
+        arguments = [argument.replace(key, str(value)) for argument in arguments]
+    result = run_program("tools/run_exported.py", *arguments, env=bare)
+    assert_told(result, *parts)
+    assert result.returncode == 2
+
+
+@pytest.fixture(scope="module")
+def bad_files(exports, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    Image.new("RGB", (60, 40), "red").save(folder / "good.png")
+    noise = np.random.default_rng(0).integers(256, size=(80, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "cut.png")
+    for name, source in (
+        ("cut.png", folder / "cut.png"),
+        ("cut.ts", exports["tracing"][0]),
+        ("cut.onnx", exports["onnx"][0]),
+    ):
+        data = source.read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+    (folder / "text.jpg").write_text("not an image")
+    np.save(folder / "flat.npy", np.zeros((4, 4)))
+    with zipfile.ZipFile(folder / "other.zip", "w") as archive:
+        archive.writestr("note.txt", "nothing")
+    torch.jit.save(torch.jit.trace(lambda x: x + 1, torch.zeros(1)), str(folder / "other.ts"))
+    return folder
+
+
+def test_runner_goes_on_after_an_image_that_cannot_be_read(exports, bad_files, bare):
+    result = run_program(
+        "tools/run_exported.py",
+        exports["onnx"][0],
+        *(bad_files / "text.jpg", bad_files / "good.png", bad_files / "cut.png"),
+        env=bare,
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == [
+        str(bad_files / "good.png")
+    ]
+
+
+def test_wrong_weights_are_refused_by_the_library_too(weights):
+    model = build_model(load_config(TINY_CONFIG, ["MODEL.DEVICE", "cpu"]))
+    load_weights(model, str(weights / "model.pth"))
+    with pytest.raises(UserError, match="cannot load"):
+        load_weights(model, str(weights / "broken.pth"))
