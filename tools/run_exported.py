@@ -9,7 +9,7 @@ of JSON goes to standard output:
         [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
 
 with boxes in pixels of the image, best score first. An image that cannot be read is reported, the
-others are done all the same. An IMAGE.npy holds an array (channels, height, width) that is given to
+others are done all the same. An IMAGE.npy holds an array (3, height, width) that is given to
 the model as it is.
 """
 
@@ -49,6 +49,10 @@ class ExportedDetector:
             self._run, metadata = load(path, device)
         except UserError:
             raise
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs the package {error.name}: pip install {error.name}"
+            ) from None
         except Exception as error:  # whatever a loader stumbles over in a file that is none
             raise UserError(
                 f"{path} is not a model that can be loaded: {one_line(error)}"
@@ -58,7 +62,7 @@ class ExportedDetector:
         self.metadata = json.loads(metadata)
 
     def __call__(self, array: np.ndarray):
-        """Array (channels, height, width) to boxes (N, 4), classes (N,), scores (N,)."""
+        """Array (3, height, width) to boxes (N, 4), classes (N,), scores (N,)."""
         return self._run(np.ascontiguousarray(array, dtype=np.float32))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
@@ -101,12 +105,8 @@ def load_torchscript(path: str, device: str):
 def load_onnx(path: str, device: str):
     if device != "cpu":
         raise UserError("an ONNX file is run on the CPU; --device is for TorchScript files")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(
-            "an ONNX file needs the package onnxruntime: pip install onnxruntime"
-        ) from None
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(array):
@@ -135,8 +135,8 @@ def read(path: str, detector: ExportedDetector):
     try:
         if path.endswith(".npy"):
             array = np.load(path)
-            if array.ndim != 3:
-                raise ValueError(f"an array (channels, height, width) is needed, not {array.shape}")
+            if array.ndim != 3 or len(array) != 3:
+                raise ValueError(f"an array (3, height, width) is needed, not {array.shape}")
             return None, array
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
