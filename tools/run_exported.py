@@ -259,6 +259,8 @@ def class_color(number: int) -> tuple:
 
 
 def one_line(error: Exception) -> str:
+    if getattr(error, "strerror", None):
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
