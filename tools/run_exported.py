@@ -90,9 +90,7 @@ def load_torchscript(path: str, device: str):
     import torchvision  # noqa: F401  # its operators
 
     files = {METADATA: ""}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.jit is deprecated
-        model = torch.jit.load(path, map_location=device, _extra_files=files)
+    model = torch.jit.load(path, map_location=device, _extra_files=files)
 
     def run(array):
         with torch.no_grad():
@@ -116,6 +114,7 @@ def load_onnx(path: str, device: str):
 
 
 def main(args: argparse.Namespace) -> int:
+    warnings.simplefilter("ignore")  # PyTorch's, of what the model was written with
     detector = ExportedDetector(args.model, args.device)
     failed = 0
     with Output(args.output) as output:

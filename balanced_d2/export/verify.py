@@ -16,6 +16,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from balanced_d2.compat import no_export_warnings
+
 # Largest differences (box in pixels, score) that an exported model may have. ONNX Runtime computes
 # with kernels of its own, TorchScript with the same ones.
 TOLERANCES = {"torchscript": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
@@ -115,7 +117,7 @@ def table(comparisons: Sequence[Comparison]) -> str:
 def _run_eager(model: nn.Module, image: torch.Tensor) -> Tuple[Detections, int]:
     """The detections, and how many times the model was run to measure its latency."""
     seconds = []
-    with torch.no_grad():
+    with torch.no_grad(), no_export_warnings():
         model([{"image": image}])
         while len(seconds) < MAX_RUNS and sum(seconds) < MAX_SECONDS:
             start = time.perf_counter()
