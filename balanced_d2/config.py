@@ -22,7 +22,8 @@ def add_balanced_config(cfg: CN) -> None:
     # The level, counted from the finest, at whose resolution the levels are averaged and refined:
     # 2 for P2-P6, 1 for P3-P7 (stride 16 in both).
     cfg.MODEL.BALANCED_FPN.REFINE_LEVEL = 2
-    # What refines the averaged features: "none", "conv" (3x3) or "non_local".
+    # What refines the averaged features: "none", "conv" (3x3), "non_local" (the paper's) or
+    # "non_local_pooled", the same with keys pooled by 2, which is cheaper.
     cfg.MODEL.BALANCED_FPN.REFINE_TYPE = "non_local"
 
     # Sampling of proposals, for BalancedROIHeads.

@@ -75,7 +75,7 @@ def assert_equal(model, run, image, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local", "non_local_pooled"])
 def test_equal_at_sizes_never_seen(refine_type, kind, tmp_path):
     model = small_model("MODEL.BALANCED_FPN.REFINE_TYPE", refine_type)
     run = exported(model, kind, tmp_path)

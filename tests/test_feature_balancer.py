@@ -8,6 +8,7 @@ import torch
 
 from balanced_d2.errors import UserError
 from balanced_d2.modeling import FeatureBalancer, NonLocal2d
+from balanced_d2.modeling.feature_balancer import REFINEMENTS
 
 
 def max_pool_loops(x, size):
@@ -52,17 +53,31 @@ def conv_loops(x, weight, bias):
     return out
 
 
-def non_local_loops(x, weights):
+def pool_by_two_loops(x):
+    """Max pooling by 2, with smaller windows at the end of an odd size."""
+    channels, height, width = x.shape
+    out = np.empty((channels, (height + 1) // 2, (width + 1) // 2))
+    for c in range(channels):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                out[c, i, j] = x[c, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max()
+    return out
+
+
+def non_local_loops(x, weights, pool_keys=False):
     channels, height, width = x.shape
 
     def conv(name, value):
         return conv_loops(value, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    theta, phi, g = (conv(name, x).reshape(channels, -1) for name in ("theta", "phi", "g"))
-    y = np.zeros_like(g)
+    theta, phi, g = (conv(name, x) for name in ("theta", "phi", "g"))
+    if pool_keys:
+        phi, g = pool_by_two_loops(phi), pool_by_two_loops(g)
+    theta, phi, g = (tokens.reshape(channels, -1) for tokens in (theta, phi, g))
+    y = np.zeros_like(theta)
     for i in range(height * width):
-        similarity = [math.exp(theta[:, i] @ phi[:, j]) for j in range(height * width)]
-        for j in range(height * width):
+        similarity = [math.exp(theta[:, i] @ phi[:, j]) for j in range(phi.shape[1])]
+        for j in range(phi.shape[1]):
             y[:, i] += similarity[j] / sum(similarity) * g[:, j]
     return x + conv("conv_out", y.reshape(x.shape))
 
@@ -105,7 +120,7 @@ PYRAMIDS = {
 }
 
 
-@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+@pytest.mark.parametrize("refine_type", REFINEMENTS)
 @pytest.mark.parametrize("sizes, refine_level", PYRAMIDS.values(), ids=PYRAMIDS.keys())
 def test_equals_plain_loops(sizes, refine_level, refine_type):
     channels, batch = 3, 2
@@ -118,10 +133,15 @@ def test_equals_plain_loops(sizes, refine_level, refine_type):
             conv_loops(x, weights["conv.weight"], weights["conv.bias"]), 0
         ),
         "non_local": lambda x: non_local_loops(x, weights),
+        "non_local_pooled": lambda x: non_local_loops(x, weights, pool_keys=True),
     }[refine_type]
 
+    balanced = balancer(levels)
     with torch.no_grad():
-        balanced = balancer(levels)
+        faster = balancer([x.clone() for x in levels], inplace=True)
+    for got, want in zip(faster, balanced):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    balanced = [x.detach() for x in balanced]
 
     assert [x.shape for x in balanced] == [x.shape for x in levels]
     for n in range(batch):
@@ -130,7 +150,7 @@ def test_equals_plain_loops(sizes, refine_level, refine_type):
             np.testing.assert_allclose(got[n].numpy(), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+@pytest.mark.parametrize("refine_type", REFINEMENTS)
 def test_gradients(refine_type):
     balancer = random_parameters(FeatureBalancer(2, 1, refine_type))
     levels = [

@@ -1,4 +1,4 @@
-"""The form of the rescaling that exporters take gives the same values, at every size."""
+"""Every form of the rescaling, fast or for exporters, gives PyTorch's values at every size."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from balanced_d2 import load_config
+from balanced_d2.compat import no_export_warnings
 from balanced_d2.modeling import rescale
-from balanced_d2.modeling.rescale import adaptive_max_pool, nearest
+from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, nearest
 
 
 @pytest.fixture
@@ -17,43 +18,116 @@ def exporting(monkeypatch):
     monkeypatch.setattr(rescale, "is_exporting", lambda: True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_random_sizes(exporting, dtype):
-    for height, width, *size in torch.randint(1, 40, (300, 4)).tolist():
-        x = torch.randn(2, 3, height, width, dtype=dtype)
-        assert torch.equal(adaptive_max_pool(x, size), F.adaptive_max_pool2d(x, size))
-        assert torch.equal(nearest(x, size), F.interpolate(x, size, mode="nearest"))
+def like(height, width):
+    return torch.empty(1, 1, height, width)
+
+
+def random_sizes(count):
+    """Sizes (height, width) of two levels; multiples of each other half of the time."""
+    for height, width, f, g, is_multiple in torch.randint(1, 13, (count, 5)).tolist():
+        if is_multiple > 6:
+            yield (height, width), (f * height, g * width)
+        else:
+            yield (height, width), (f + g, f + 2 * height)
+
+
+def assert_equal_to_pytorch(coarse, fine, dtype):
+    x = torch.randn(2, 3, *fine, dtype=dtype)
+    y = torch.randn(2, 3, *coarse, dtype=dtype)
+    assert torch.equal(adaptive_max_pool(x, y), F.adaptive_max_pool2d(x, coarse))
+    assert torch.equal(adaptive_max_pool(y, x), F.adaptive_max_pool2d(y, fine))
+    assert torch.equal(nearest(y, x), F.interpolate(y, fine, mode="nearest"))
+    assert torch.equal(nearest(x, y), F.interpolate(x, coarse, mode="nearest"))
+    expected = x + F.interpolate(y, fine, mode="nearest")
+    before = x.clone()
+    assert torch.equal(add_nearest(x, y), expected) and torch.equal(x, before)
+    assert torch.equal(add_nearest(x, y, inplace=True), expected)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_eager_equals_pytorch(gradient, dtype):
+    with torch.set_grad_enabled(gradient):
+        for coarse, fine in random_sizes(200):
+            assert_equal_to_pytorch(coarse, fine, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_exported_form_equals_pytorch(exporting, dtype):
+    for coarse, fine in random_sizes(200):
+        assert_equal_to_pytorch(coarse, fine, dtype)
+
+
+def test_channels_last():
+    for coarse, fine in random_sizes(50):
+        x = torch.randn(2, 3, *fine).to(memory_format=torch.channels_last)
+        y = torch.randn(2, 3, *coarse).to(memory_format=torch.channels_last)
+        expected = x + F.interpolate(y, fine, mode="nearest")
+        assert torch.equal(add_nearest(x, y), expected)
+        with torch.no_grad():
+            assert torch.equal(adaptive_max_pool(x, y), F.adaptive_max_pool2d(x, coarse))
+            assert torch.equal(add_nearest(x, y, inplace=True), expected)
+
+
+def test_gradients_equal_pytorchs():
+    def gradients(pool, add, x, y, weights):
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        (add(x, y) * weights[0]).sum().backward()
+        (pool(x, y) * weights[1]).sum().backward()
+        return x.grad, y.grad
+
+    def plain_add(x, y):
+        return x + F.interpolate(y, x.shape[-2:], mode="nearest")
+
+    def plain_pool(x, y):
+        return F.adaptive_max_pool2d(x, y.shape[-2:])
+
+    for coarse, fine in random_sizes(100):
+        x, y = torch.randn(2, 3, *fine), torch.randn(2, 3, *coarse)
+        weights = torch.randn_like(x), torch.randn_like(y)
+        got = gradients(adaptive_max_pool, add_nearest, x, y, weights)
+        expected = gradients(plain_pool, plain_add, x, y, weights)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("octaves", [1, 2, 3, 4])
-def test_levels_of_every_image_size(exporting, octaves):
+def test_exported_form_at_every_image_size(exporting, octaves):
     """Level sizes are halved and rounded up, so their ratio is a power of two only at best."""
     for fine in range(1, 500):
         coarse = -(-fine // 2**octaves)
         x = torch.randn(1, 1, fine, 1)
-        assert torch.equal(adaptive_max_pool(x, [coarse, 1]), F.adaptive_max_pool2d(x, (coarse, 1)))
+        expected = F.adaptive_max_pool2d(x, (coarse, 1))
+        assert torch.equal(adaptive_max_pool(x, like(coarse, 1)), expected)
         x = torch.arange(coarse, dtype=torch.float32).view(1, 1, coarse, 1)
         # 50 rows to 198 are a case where exact arithmetic picks another row than PyTorch does.
-        assert torch.equal(nearest(x, [fine, 1]), F.interpolate(x, (fine, 1), mode="nearest"))
+        assert torch.equal(nearest(x, like(fine, 1)), F.interpolate(x, (fine, 1), mode="nearest"))
 
 
-def test_eager_runs_pytorchs_own_kernels():
-    x = torch.randn(1, 4, 48, 64)
-    with torch.profiler.profile() as profile:
-        nearest(adaptive_max_pool(x, [12, 16]), [48, 64])
-    operators = {event.key for event in profile.key_averages()}
-    assert {"aten::adaptive_max_pool2d", "aten::upsample_nearest2d"} <= operators
-    assert "aten::index" not in operators
+def test_a_trace_chooses_the_form_at_run_time():
+    def rescale_both(x, y):
+        return adaptive_max_pool(x, y), add_nearest(x, y)
+
+    with torch.no_grad(), no_export_warnings():
+        example = torch.randn(1, 2, 8, 12), torch.randn(1, 2, 4, 3)
+        traced = torch.jit.trace(rescale_both, example)
+        for coarse, fine in random_sizes(50):
+            x, y = torch.randn(2, 3, *fine), torch.randn(2, 3, *coarse)
+            pooled, added = traced(x, y)
+            assert torch.equal(pooled, F.adaptive_max_pool2d(x, coarse))
+            assert torch.equal(added, x + F.interpolate(y, fine, mode="nearest"))
 
 
-@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local"])
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local", "non_local_pooled"])
 def test_torch_export_of_a_balanced_backbone_with_dynamic_shapes(refine_type):
     cfg = load_config(
         "configs/BCCD/balanced_faster_rcnn_R_18_FPN.yaml",
         ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.BALANCED_FPN.REFINE_TYPE", refine_type],
     )
     backbone = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3)).eval()
-    if refine_type == "non_local":
+    if "non_local" in refine_type:
         torch.nn.init.normal_(backbone.balancer.refine.conv_out.weight)
     batch = Dim("batch", min=1, max=16)
     height, width = (32 * Dim(name, min=3, max=64) for name in ("height", "width"))

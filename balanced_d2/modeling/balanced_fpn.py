@@ -2,6 +2,7 @@
 
 import types
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
@@ -54,7 +55,9 @@ class BalancedFPN(FPN):
             dict[str, Tensor]: balanced levels by name, from fine to coarse, e.g. p2 to p6.
         """
         features = self._unbalanced_forward(x)
-        balanced = self.balancer(list(features.values()))
+        # The levels are this module's own; a gradient may need them as they are.
+        inplace = not torch.is_grad_enabled()
+        balanced = self.balancer(list(features.values()), inplace)
         return dict(zip(features.keys(), balanced))
 
 

@@ -43,11 +43,8 @@ def balanced_l1_loss(
     inlier = x.clamp(max=beta)
     # Beyond beta the loss goes on from its value there with slope gamma. Written as a sum, no
     # branch ever sees a value out of its range, and there is no overflow to mask.
-    loss = (
-        alpha / b * (b * inlier + beta) * torch.log1p(b / beta * inlier)
-        - alpha * inlier
-        + gamma * (x - inlier)
-    )
+    slope = alpha * torch.log1p(b / beta * inlier)
+    loss = (inlier + beta / b) * slope - alpha * inlier + gamma * (x - inlier)
     if reduction == "none":
         return loss
     if reduction == "mean":

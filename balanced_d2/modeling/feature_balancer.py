@@ -1,6 +1,7 @@
 """Balanced feature pyramid (Libra R-CNN, section 3.2): gather, refine, scatter."""
 
 from collections import OrderedDict
+from functools import partial
 from typing import List
 
 import fvcore.nn.weight_init as weight_init
@@ -9,7 +10,7 @@ from torch import nn
 
 from balanced_d2.errors import UserError, check_choice
 from balanced_d2.modeling.non_local import NonLocal2d
-from balanced_d2.modeling.rescale import adaptive_max_pool, nearest
+from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, nearest
 
 
 def _build_none(channels: int) -> nn.Module:
@@ -22,7 +23,12 @@ def _build_conv(channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU()))
 
 
-REFINEMENTS = {"none": _build_none, "conv": _build_conv, "non_local": NonLocal2d}
+REFINEMENTS = {
+    "none": _build_none,
+    "conv": _build_conv,
+    "non_local": NonLocal2d,
+    "non_local_pooled": partial(NonLocal2d, pool_keys=True),
+}
 
 
 class FeatureBalancer(nn.Module):
@@ -36,8 +42,9 @@ class FeatureBalancer(nn.Module):
         in_channels: number of channels of every level.
         refine_level: index of the level, counted from the finest, whose resolution the mean has
             (2 for P2-P6 and 1 for P3-P7: stride 16 in both).
-        refine_type: what refines the mean: ``"none"``, ``"conv"`` (3x3 convolution and ReLU) or
-            ``"non_local"`` (:class:`NonLocal2d`).
+        refine_type: what refines the mean: ``"none"``, ``"conv"`` (3x3 convolution and ReLU),
+            ``"non_local"`` (:class:`NonLocal2d`, the paper's) or ``"non_local_pooled"`` (the same
+            with pooled keys, cheaper).
 
     Raises:
         UserError: on an unknown ``refine_type`` or a negative ``refine_level``.
@@ -62,30 +69,29 @@ class FeatureBalancer(nn.Module):
                 f"pyramid has {num_levels} levels; choose 0 to {num_levels - 1}"
             )
 
-    def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
+    def forward(self, features: List[torch.Tensor], inplace: bool = False) -> List[torch.Tensor]:
         """
         Args:
             features: the levels from fine to coarse, each of shape (N, in_channels, H_i, W_i).
+            inplace: whether they may be overwritten, which saves time where no gradient is needed.
 
         Returns:
             The balanced levels, of the same shapes.
         """
         if not torch.jit.is_scripting():
             self.check_levels(len(features))
-        size = features[self.refine_level].shape[-2:]
-        gathered = [
-            adaptive_max_pool(feature, size)
-            if level < self.refine_level
-            else nearest(feature, size)
-            for level, feature in enumerate(features)
-        ]
-        balanced = self.refine(torch.stack(gathered).mean(dim=0))
-        return [
-            feature
-            + (
-                nearest(balanced, feature.shape[-2:])
+        refined_level = features[self.refine_level]
+        balanced = torch.zeros_like(refined_level)
+        for level, feature in enumerate(features):
+            balanced = balanced + (
+                adaptive_max_pool(feature, refined_level)
                 if level < self.refine_level
-                else adaptive_max_pool(balanced, feature.shape[-2:])
+                else nearest(feature, refined_level)
             )
+        balanced = self.refine(balanced / len(features))
+        return [
+            add_nearest(feature, balanced, inplace)
+            if level < self.refine_level
+            else feature + adaptive_max_pool(balanced, feature)
             for level, feature in enumerate(features)
         ]

@@ -15,10 +15,13 @@ class NonLocal2d(nn.Module):
 
     Args:
         channels: number of channels of input and output.
+        pool_keys: whether keys and values (phi and g) are max-pooled by 2, which makes the product
+            four times cheaper (Non-local Neural Networks, section 3.3, "subsampling trick").
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, pool_keys: bool = False):
         super().__init__()
+        self.pool_keys = pool_keys
         self.theta = nn.Conv2d(channels, channels, 1)
         self.phi = nn.Conv2d(channels, channels, 1)
         self.g = nn.Conv2d(channels, channels, 1)
@@ -40,11 +43,12 @@ class NonLocal2d(nn.Module):
         # The fused attention on CPU needs the channels to be contiguous; with any other layout
         # PyTorch silently falls back to the explicit matrix.
         channels_last = x.contiguous(memory_format=torch.channels_last)
+        key, value = self.phi(channels_last), self.g(channels_last)
+        if self.pool_keys:
+            key = F.max_pool2d(key, 2, ceil_mode=True)
+            value = F.max_pool2d(value, 2, ceil_mode=True)
         attended = F.scaled_dot_product_attention(
-            _as_tokens(self.theta(channels_last)),
-            _as_tokens(self.phi(channels_last)),
-            _as_tokens(self.g(channels_last)),
-            scale=1.0,
+            _as_tokens(self.theta(channels_last)), _as_tokens(key), _as_tokens(value), scale=1.0
         )
         return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
 

@@ -17,6 +17,7 @@ from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.modeling.sampling import (
     check_bins,
     iou_bins,
+    members,
     sample_instance_balanced,
     sample_iou_balanced,
     sample_random,
@@ -105,7 +106,7 @@ class BalancedSamplingMixin:
             (fg,) = nonzero_tuple(labels == 1)
             (bg,) = nonzero_tuple(labels == 0)
             bg_ious = ious[bg]
-            bins = iou_bins(bg_ious, self.num_bins, self.iou_range)
+            bins = members(iou_bins(bg_ious, self.num_bins, self.iou_range), self.num_bins)
 
             max_fg = int(self.batch_size_per_image * self.positive_fraction)
             chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]

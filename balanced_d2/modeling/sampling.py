@@ -39,13 +39,13 @@ def sample_iou_balanced(
         iou_range: lower bound (included) and upper bound (excluded) of the bins.
 
     Returns:
-        LongTensor of shape (min(num_samples, M),): indices into ``ious``, without repeats, in
-        random order, on the device of ``ious``.
+        LongTensor of shape (min(num_samples, M),): indices into ``ious``, without repeats, in no
+        particular order, on the device of ``ious``.
 
     Raises:
         UserError: if ``num_bins`` is below 1, ``iou_range`` empty or ``num_samples`` negative.
     """
-    return _sample_evenly(iou_bins(ious, num_bins, iou_range), num_samples)
+    return _sample_evenly(iou_bins(ious, num_bins, iou_range), num_bins, num_samples)
 
 
 def sample_instance_balanced(gt_indices: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -60,26 +60,41 @@ def sample_instance_balanced(gt_indices: torch.Tensor, num_samples: int) -> torc
 
     Returns:
         LongTensor of shape (min(num_samples, M),): indices into ``gt_indices``, without repeats,
-        in random order, on its device.
+        in no particular order, on its device.
 
     Raises:
         UserError: if ``num_samples`` is negative.
     """
-    return _sample_evenly(gt_indices == torch.unique(gt_indices)[:, None], num_samples)
+    instances, groups = torch.unique(gt_indices, return_inverse=True)
+    return _sample_evenly(groups, len(instances), num_samples)
 
 
 def iou_bins(ious: torch.Tensor, num_bins: int, iou_range: Tuple[float, float]) -> torch.Tensor:
-    """Which candidate is in which bin.
+    """The number of each candidate's bin.
 
     Args:
         ious, num_bins, iou_range: as for :func:`sample_iou_balanced`.
 
     Returns:
-        BoolTensor of shape (num_bins, M). A candidate outside ``iou_range`` is in no bin.
+        Tensor of shape (M,), of the dtype of ``ious``: the number of the bin, from 0 on. Candidates
+        outside ``iou_range`` have a number below 0, or ``num_bins`` and above.
     """
     check_bins(num_bins, iou_range)
-    edges = torch.linspace(*iou_range, num_bins + 1, dtype=ious.dtype, device=ious.device)[:, None]
-    return (ious >= edges[:-1]) & (ious < edges[1:])
+    low, high = iou_range
+    return ((ious - low) * (num_bins / (high - low))).floor_()
+
+
+def members(groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Which candidate is in which group.
+
+    Args:
+        groups: shape (M,), the number of each candidate's group.
+
+    Returns:
+        BoolTensor of shape (num_groups, M).
+    """
+    numbers = torch.arange(num_groups, dtype=groups.dtype, device=groups.device)
+    return groups == numbers[:, None]
 
 
 def check_bins(num_bins: int, iou_range: Tuple[float, float]) -> None:
@@ -91,23 +106,29 @@ def check_bins(num_bins: int, iou_range: Tuple[float, float]) -> None:
         raise UserError(f"iou_range is {iou_range}; the lower bound has to be below the upper one")
 
 
-def _sample_evenly(groups: torch.Tensor, num_samples: int) -> torch.Tensor:
+def _sample_evenly(groups: torch.Tensor, num_groups: int, num_samples: int) -> torch.Tensor:
     """Sample candidates, the same number from each group.
 
+    There is no host synchronisation, and as few operations as may be: each takes longer to start
+    than to run.
+
     Args:
-        groups: BoolTensor of shape (G, M), the members of each group. Groups do not overlap.
+        groups: shape (M,), the number of each candidate's group; others than 0 to
+            ``num_groups - 1`` are in none.
     """
     if num_samples < 0:
         raise UserError(f"num_samples is {num_samples}; it cannot be negative")
-    num_groups, num_candidates = groups.shape
-    shuffle = torch.randperm(num_candidates, device=groups.device)
+    num_candidates = len(groups)
+    if num_candidates <= num_samples:
+        return torch.arange(num_candidates, device=groups.device)
     # The first of each group, in random order, are its share.
-    quota = max(1, num_samples // max(1, num_groups))
-    shuffled = groups[:, shuffle]
-    in_share = torch.empty_like(shuffle, dtype=torch.bool)
-    in_share[shuffle] = (shuffled & (shuffled.cumsum(dim=1) <= quota)).any(dim=0)
-    # The rest fill up in an order of their own: in the first one, those left of a group come the
-    # later the larger its share was. A stable sort needs no host synchronisation, as a mask would.
+    quota = max(1, num_samples // num_groups)
     shuffle = torch.randperm(num_candidates, device=groups.device)
-    shares_first = torch.argsort(~in_share[shuffle], stable=True)
-    return shuffle[shares_first[:num_samples]]
+    is_member = members(groups.index_select(0, shuffle), num_groups)
+    in_share = is_member.cumsum(dim=1).le(quota).logical_and_(is_member)
+    # The rest fill up in a random order of their own: in the first one, those left of a group come
+    # the later the larger its share was.
+    order = torch.rand(num_candidates, device=groups.device)
+    order -= in_share.view(torch.uint8).amax(dim=0)  # shares first
+    chosen = order.topk(num_samples, largest=False, sorted=False).indices
+    return shuffle.index_select(0, chosen)
