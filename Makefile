@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_CONFIG := configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml
 DEMO_OUTPUT := output/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint benchmark setup clean
 
 demo: $(READY)
 	rm -rf $(DEMO_OUTPUT)
@@ -31,6 +31,9 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check --line-length 100 --select E,F,W,I,B,UP,SIM,C4 --ignore B905,UP006,UP035,UP045
 	$(BIN)/ruff format --line-length 100 --check
+
+benchmark: $(READY)
+	$(BIN)/python tools/benchmark.py
 
 setup: $(READY)
 

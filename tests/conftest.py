@@ -1,5 +1,6 @@
 """Fixtures: small data sets on disk and the project's entry points as subprocesses."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -127,3 +128,11 @@ def assert_told(result: subprocess.CompletedProcess, *parts: str) -> None:
     assert len(errors) == 1, result.stderr
     for part in parts:
         assert part in errors[0]
+
+
+def load_tool(name: str):
+    """A program of ``tools/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """tools/export_model.py and tools/run_exported.py as a user calls them, on the trained demo."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from balanced_d2.errors import UserError, tell_user_errors
 from balanced_d2.export import Comparison
 from balanced_d2.export.verify import Detections
 
-from .conftest import DEMO_CONFIG, ROOT, TINY_CONFIG, assert_told, run_program, train_net
+from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program, train_net
 
 EXPORTS = {
     "tracing": ("model.ts", []),
@@ -248,13 +247,6 @@ def test_verification_finds_a_model_that_is_not_equal(exports, demo, capsys):
 
 def example_image(demo):
     return Image.open(next((demo / "datasets" / "balanced_shapes" / "val").iterdir()))
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,426 @@
+#!/usr/bin/env python3
+"""Measure what balancing costs: this project against plain Detectron2 and straightforward code.
+
+All variants of a comparison take turns (A B A B ...) in one process; a table shows the median, the
+range and the median of the ratios turn by turn, so that a slow moment of the machine falls on all.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when it starts and stops
+
+# First, so that importing Detectron2 is quiet.
+from balanced_d2 import load_config
+from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.modeling import FeatureBalancer, balanced_l1_loss, sample_iou_balanced
+from balanced_d2.modeling.feature_balancer import REFINEMENTS
+
+# isort: split
+import detectron2
+import numpy as np
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from fvcore.nn import smooth_l1_loss
+from tabulate import tabulate
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "COCO-Detection"
+WHOLE = {
+    "plain": "faster_rcnn_R_50_FPN_1x.yaml",
+    "all balances": "balanced_faster_rcnn_R_50_FPN_1x.yaml",
+    "sampling": "faster_rcnn_R_50_FPN_1x_iou_balanced_sampling.yaml",
+    "feature balance": "faster_rcnn_R_50_FPN_1x_balanced_fpn.yaml",
+    "Balanced L1": "faster_rcnn_R_50_FPN_1x_balanced_l1.yaml",
+}
+
+
+# Baselines, written in the straightforward way.
+
+
+class ExplicitNonLocal(nn.Module):
+    """The non-local block with the positions x positions matrix in memory."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        for name in ("theta", "phi", "g", "conv_out"):
+            self.add_module(name, nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        theta, phi, g = (conv(x).flatten(2) for conv in (self.theta, self.phi, self.g))
+        attention = torch.softmax(theta.transpose(1, 2) @ phi, dim=-1)
+        y = (attention @ g.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+        return x + self.conv_out(y)
+
+
+class ExplicitBalancer(nn.Module):
+    """Gather, refine and scatter with PyTorch's general operators."""
+
+    def __init__(self, channels: int, refine_level: int = 2):
+        super().__init__()
+        self.refine_level = refine_level
+        self.refine = ExplicitNonLocal(channels)
+
+    def forward(self, features):
+        size = features[self.refine_level].shape[-2:]
+        gathered = [
+            F.adaptive_max_pool2d(x, size) if i < self.refine_level else F.interpolate(x, size)
+            for i, x in enumerate(features)
+        ]
+        balanced = self.refine(sum(gathered) / len(gathered))
+        return [
+            x
+            + (
+                F.interpolate(balanced, x.shape[-2:])
+                if i < self.refine_level
+                else F.adaptive_max_pool2d(balanced, x.shape[-2:])
+            )
+            for i, x in enumerate(features)
+        ]
+
+
+def sample_with_sets(ious: torch.Tensor, num_samples: int, num_bins: int = 3) -> torch.Tensor:
+    """IoU-balanced sampling with NumPy and sets."""
+    values = ious.cpu().numpy()
+    chosen = []
+    for k in range(num_bins):
+        low, high = 0.5 * k / num_bins, 0.5 * (k + 1) / num_bins
+        members = set(np.flatnonzero((values >= low) & (values < high)))
+        if len(members) > num_samples // num_bins:
+            chosen.append(np.random.choice(list(members), num_samples // num_bins, replace=False))
+        else:
+            chosen.append(np.array(list(members), dtype=int))
+    chosen = np.concatenate(chosen)
+    rest = np.array(list(set(range(len(values))) - set(chosen)))
+    missing = num_samples - len(chosen)
+    if missing > 0:
+        chosen = np.concatenate([chosen, np.random.choice(rest, missing, replace=False)])
+    return torch.from_numpy(chosen).to(ious.device)
+
+
+# Measuring.
+
+
+class Bench:
+    """Runs comparisons on a device and keeps their results.
+
+    Args:
+        device: "cpu" or "cuda".
+        turns: how often each variant is run.
+    """
+
+    def __init__(self, device: str, turns: int):
+        self.device = torch.device(device)
+        self.turns = turns
+        self.results = {}
+
+    def compare(self, title: str, variants: dict, calls: int = 1, memory: bool = True) -> dict:
+        """Time functions in turns, print the table and keep the figures.
+
+        Args:
+            variants: functions by name; ratios are to the first.
+            calls: how often a function is called in each measurement.
+            memory: whether to measure the peak of the memory that each allocates.
+        """
+        seconds = {name: [] for name in variants}
+        for run in variants.values():  # warm-up
+            run()
+        for _ in tqdm(range(self.turns), desc=title, unit="turn", disable=None, leave=False):
+            for name, run in variants.items():
+                seconds[name].append(self._seconds(run, calls))
+        first = next(iter(variants))
+        rows = {}
+        for name, times in seconds.items():
+            ratios = [a / b for a, b in zip(times, seconds[first])]
+            rows[name] = {
+                "median_ms": 1e3 * statistics.median(times),
+                "min_ms": 1e3 * min(times),
+                "max_ms": 1e3 * max(times),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+            }
+            if memory:
+                rows[name]["peak_mib"] = self.peak(variants[name]) / 2**20
+        self.results[title] = rows
+        print(f"\n{title}\n{self._table(rows, first, memory)}", flush=True)
+        return rows
+
+    def _table(self, rows: dict, first: str, memory: bool) -> str:
+        columns = ["", "median (ms)", "range (ms)", f"/ {first}", "range of it"]
+        columns += ["peak (MiB)"] * memory
+        lines = []
+        for name, row in rows.items():
+            lines.append(
+                [
+                    name,
+                    f"{row['median_ms']:.4g}",
+                    f"{row['min_ms']:.4g} - {row['max_ms']:.4g}",
+                    f"{row['ratio']:.3f}",
+                    f"{min(row['ratios']):.2f} - {max(row['ratios']):.2f}",
+                    *([f"{row['peak_mib']:.0f}"] if memory else []),
+                ]
+            )
+        return tabulate(lines, columns, disable_numparse=True, stralign="right")
+
+    def _seconds(self, run, calls: int) -> float:
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1e3 / calls
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+
+    def peak(self, run) -> float:
+        """The most bytes that a function has allocated at one time."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    def growth(self, title: str, runs: dict) -> None:
+        """Fit how time and memory grow with a size: runs by size."""
+        rows = {}
+        for size, run in runs.items():
+            run()
+            times = [self._seconds(run, 1) for _ in range(self.turns)]
+            rows[size] = {
+                "median_ms": 1e3 * statistics.median(times),
+                "peak_mib": self.peak(run) / 2**20,
+            }
+        log_size = np.log(list(rows))
+        exponents = {
+            key: float(np.polyfit(log_size, [math.log(row[key]) for row in rows.values()], 1)[0])
+            for key in ("median_ms", "peak_mib")
+        }
+        self.results[title] = {"sizes": rows, "exponents": exponents}
+        lines = [
+            (f"x {size}", f"{row['median_ms']:.4g}", f"{row['peak_mib']:.1f}")
+            for size, row in rows.items()
+        ]
+        lines.append(("exponent", f"{exponents['median_ms']:.2f}", f"{exponents['peak_mib']:.2f}"))
+        columns = ("", "median (ms)", "peak (MiB)")
+        print(f"\n{title}\n{tabulate(lines, columns, disable_numparse=True, stralign='right')}")
+
+
+# What is measured.
+
+
+def measure_whole(bench: Bench, scale: float) -> None:
+    """A training iteration and the inference of whole models."""
+    models = {}
+    for name, config in WHOLE.items():
+        torch.manual_seed(0)
+        cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", bench.device.type])
+        models[name] = build_model(cfg)
+    image = 255 * torch.rand(3, round(800 * scale), round(1333 * scale))
+    batch = [labelled_image(seed, round(320 * scale), round(480 * scale)) for seed in (0, 1)]
+    # The weights are random, and a rate above zero would let them diverge.
+    optimizers = {
+        name: torch.optim.SGD(model.parameters(), lr=1e-14, momentum=0.9)
+        for name, model in models.items()
+    }
+
+    def train(name):
+        with EventStorage():
+            losses = models[name].train()(batch)
+        optimizers[name].zero_grad()
+        sum(losses.values()).backward()
+        optimizers[name].step()
+
+    @torch.no_grad()
+    def detect(name):
+        models[name].eval()([{"image": image}])
+
+    for title, run in (("training iteration, batch 2", train), ("inference", detect)):
+        size = batch[0]["image"].shape if run is train else image.shape
+        bench.compare(
+            f"{title}, {size[1]} x {size[2]}, Faster R-CNN R-50-FPN",
+            {name: (lambda run=run, name=name: run(name)) for name in WHOLE},
+        )
+
+
+def labelled_image(seed: int, height: int, width: int) -> dict:
+    """A random image with 10 boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.tensor([width, height])
+    corner = 0.6 * size * torch.rand(10, 2, generator=generator)
+    other = corner + size * (0.05 + 0.3 * torch.rand(10, 2, generator=generator))
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.cat([corner, other], dim=1))
+    instances.gt_classes = torch.randint(80, (10,), generator=generator)
+    return {
+        "image": 255 * torch.rand(3, height, width, generator=generator),
+        "instances": instances,
+    }
+
+
+def pyramid(batch: int, channels: int, height: int, width: int, device) -> list:
+    """P2 to P6 of an image of a size that is a multiple of 32."""
+    sizes = [(height // stride, width // stride) for stride in (4, 8, 16, 32)]
+    sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+    return [torch.randn(batch, channels, *s, device=device, requires_grad=True) for s in sizes]
+
+
+def forward_and_backward(balancer: nn.Module, features: list):
+    gradients = [torch.ones_like(x) for x in features]
+
+    def run():
+        torch.autograd.backward(balancer(features), gradients)
+        for x in features:
+            x.grad = None
+        balancer.zero_grad()
+
+    return run
+
+
+def measure_parts(bench: Bench, scale: float) -> None:
+    """Balancing, sampling and loss by themselves."""
+    height, width = (32 * round(side * scale / 32) for side in (800, 1344))
+    channels = 256
+    features = pyramid(2, channels, height, width, bench.device)
+    explicit = ExplicitBalancer(channels).to(bench.device)
+    balancers = {name: FeatureBalancer(channels, 2, name).to(bench.device) for name in REFINEMENTS}
+
+    @torch.no_grad()
+    def forward(balancer, **arguments):
+        balancer(features, **arguments)
+
+    where = f"batch 2, {height} x {width}, {channels} channels"
+    bench.compare(
+        f"feature balancing, forward, {where}",
+        {
+            "explicit N x N": lambda: forward(explicit),
+            **{name: (lambda b=b: forward(b, inplace=True)) for name, b in balancers.items()},
+        },
+    )
+    bench.compare(
+        f"feature balancing, forward and backward, {where}",
+        {
+            "explicit N x N": forward_and_backward(explicit, features),
+            **{name: forward_and_backward(b, features) for name, b in balancers.items()},
+        },
+    )
+
+    # Many easy candidates and few hard ones, as proposals have them.
+    ious = 0.5 * torch.rand(2000, device=bench.device) ** 3
+    labels = torch.full((2000,), 80, device=bench.device)
+    bench.compare(
+        "sampling 512 of 2,000 candidates",
+        {
+            "Detectron2, random": lambda: subsample_labels(labels, 512, 0.25, 80),
+            "IoU-balanced": lambda: sample_iou_balanced(ious, 512),
+            "NumPy and sets": lambda: sample_with_sets(ious, 512),
+        },
+        calls=20,
+        memory=False,
+    )
+
+    deltas = torch.randn(512, 4, device=bench.device, requires_grad=True)
+    targets = torch.randn(512, 4, device=bench.device)
+    bench.compare(
+        "box loss of 512 boxes, forward and backward",
+        {
+            "fvcore's smooth L1": lambda: smooth_l1_loss(deltas, targets, 1.0, "sum").backward(),
+            "Balanced L1": lambda: balanced_l1_loss(deltas, targets, reduction="sum").backward(),
+        },
+        calls=20,
+        memory=False,
+    )
+
+
+def measure_growth(bench: Bench, scale: float) -> None:
+    """How the cost of balancing grows with the image and the batch."""
+    side = max(64, 32 * round(256 * scale / 32))
+    balancer = FeatureBalancer(256).to(bench.device)
+    # height and width in turn: area x 1, 2, 4, 8
+    areas = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
+    bench.growth(
+        f"balancing, forward and backward, with the area of {side} x {side}",
+        {
+            area: forward_and_backward(balancer, pyramid(1, 256, h * side, w * side, bench.device))
+            for area, (h, w) in areas.items()
+        },
+    )
+    bench.growth(
+        f"balancing, forward and backward, with the batch, {side} x {side}",
+        {
+            batch: forward_and_backward(balancer, pyramid(batch, 256, side, side, bench.device))
+            for batch in (1, 2, 4, 8)
+        },
+    )
+
+
+PARTS = {"whole": measure_whole, "parts": measure_parts, "growth": measure_growth}
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs CUDA, which this machine has not")
+    if args.turns < 1 or not 0 < args.scale <= 1:
+        raise UserError("--turns has to be 1 or more, and --scale above 0 and at most 1")
+    machine = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "detectron2": detectron2.__version__,
+        "python": platform.python_version(),
+        "turns": args.turns,
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    torch.manual_seed(0)
+    bench = Bench(args.device, args.turns)
+    for name in args.only or PARTS:
+        PARTS[name](bench, args.scale)
+    if args.output:
+        try:
+            Path(args.output).write_text(
+                json.dumps({"machine": machine, "results": bench.results}, indent=1) + "\n"
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {args.output}: {error.strerror}") from error
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--turns", type=int, default=9, help="runs of each variant (default: 9)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="scale of all images, for a quick look"
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="also write all figures there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))
