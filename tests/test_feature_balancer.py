@@ -166,6 +166,18 @@ def test_gradients(refine_type):
     assert torch.autograd.gradcheck(balance, (*levels, *parameters))
 
 
+@pytest.mark.parametrize("refine_type", REFINEMENTS)
+def test_compiles_as_one_graph(refine_type):
+    balancer = FeatureBalancer(8, 1, refine_type)
+    for parameter in balancer.parameters():
+        torch.nn.init.normal_(parameter)
+    compiled = torch.compile(balancer, backend="eager", fullgraph=True)
+    for sizes in (((6, 8), (3, 4), (2, 2)), ((5, 9), (3, 5), (2, 3))):
+        levels = [torch.randn(1, 8, *size) for size in sizes]
+        for expected, got in zip(balancer(levels), compiled(levels)):
+            torch.testing.assert_close(got, expected)
+
+
 def test_new_non_local_block_is_the_identity():
     x = torch.randn(2, 8, 5, 7)
     assert torch.equal(NonLocal2d(8)(x), x)
