@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from balanced_d2.errors import UserError
-from balanced_d2.modeling import sample_instance_balanced, sample_iou_balanced
+from balanced_d2.modeling import sample_instance_balanced, sample_iou_balanced, sampling
+
+
+@pytest.fixture(autouse=True, params=["on the CPU", "on other devices"])
+def both_forms(request, monkeypatch):
+    """Every test is run on the form for other devices too, which the CPU can compute as well."""
+    if request.param == "on other devices":
+        monkeypatch.setattr(sampling, "_sample_with_numpy", sampling._sample_without_waiting)
 
 
 def ious_in_bins(*counts, low=0.0, high=0.5):

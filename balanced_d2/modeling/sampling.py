@@ -7,6 +7,7 @@ not yet taken. Within a group every candidate is equally likely.
 
 from typing import Tuple
 
+import numpy as np
 import torch
 
 from balanced_d2.errors import UserError
@@ -81,7 +82,7 @@ def iou_bins(ious: torch.Tensor, num_bins: int, iou_range: Tuple[float, float]) 
     """
     check_bins(num_bins, iou_range)
     low, high = iou_range
-    return ((ious - low) * (num_bins / (high - low))).floor_()
+    return (ious - low).mul_(num_bins / (high - low)).floor_()
 
 
 def members(groups: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -109,26 +110,54 @@ def check_bins(num_bins: int, iou_range: Tuple[float, float]) -> None:
 def _sample_evenly(groups: torch.Tensor, num_groups: int, num_samples: int) -> torch.Tensor:
     """Sample candidates, the same number from each group.
 
-    There is no host synchronisation, and as few operations as may be: each takes longer to start
-    than to run.
-
     Args:
         groups: shape (M,), the number of each candidate's group; others than 0 to
             ``num_groups - 1`` are in none.
     """
     if num_samples < 0:
         raise UserError(f"num_samples is {num_samples}; it cannot be negative")
-    num_candidates = len(groups)
-    if num_candidates <= num_samples:
-        return torch.arange(num_candidates, device=groups.device)
-    # The first of each group, in random order, are its share.
+    if len(groups) <= num_samples:
+        return torch.arange(len(groups), device=groups.device)
     quota = max(1, num_samples // num_groups)
-    shuffle = torch.randperm(num_candidates, device=groups.device)
-    is_member = members(groups.index_select(0, shuffle), num_groups)
+    sample = _sample_with_numpy if groups.device.type == "cpu" else _sample_without_waiting
+    return sample(groups, num_groups, num_samples, quota)
+
+
+def _sample_with_numpy(
+    groups: torch.Tensor, num_groups: int, num_samples: int, quota: int
+) -> torch.Tensor:
+    """For the CPU, where a PyTorch operation on so few values takes longer to start than to run."""
+    shuffle = torch.randperm(len(groups)).numpy()
+    # Numbers that are no group's become -1 and num_groups.
+    group = groups.float().numpy().clip(-1, num_groups).astype(np.int16)[shuffle]
+    order = group.argsort(kind="stable")
+    by_group = shuffle[order]  # in random order within each
+    begins = group[order].searchsorted(np.arange(num_groups + 1, dtype=np.int16)).tolist()
+    # The first of each group are its share.
+    cuts = [min(begin + quota, end) for begin, end in zip(begins, begins[1:])]
+    shares = np.concatenate([by_group[begin:cut] for begin, cut in zip(begins, cuts)])
+    if len(shares) >= num_samples:
+        return torch.from_numpy(_draw(shares, num_samples))
+    rest = np.concatenate(
+        [by_group[cut:begin] for cut, begin in zip([0, *cuts, begins[-1]], [*begins, None])]
+    )
+    rest = _draw(rest, num_samples - len(shares))
+    return torch.from_numpy(np.concatenate([shares, rest]))
+
+
+def _draw(values: np.ndarray, number: int) -> np.ndarray:
+    return values[torch.randperm(len(values)).numpy()[:number]]
+
+
+def _sample_without_waiting(
+    groups: torch.Tensor, num_groups: int, num_samples: int, quota: int
+) -> torch.Tensor:
+    """For other devices: the same with sizes known beforehand, so that the host need not wait."""
+    shuffle = torch.randperm(len(groups), device=groups.device)
+    is_member = members(groups[shuffle], num_groups)
     in_share = is_member.cumsum(dim=1).le(quota).logical_and_(is_member)
     # The rest fill up in a random order of their own: in the first one, those left of a group come
     # the later the larger its share was.
-    order = torch.rand(num_candidates, device=groups.device)
+    order = torch.rand(len(groups), device=groups.device)
     order -= in_share.view(torch.uint8).amax(dim=0)  # shares first
-    chosen = order.topk(num_samples, largest=False, sorted=False).indices
-    return shuffle.index_select(0, chosen)
+    return shuffle[order.topk(num_samples, largest=False, sorted=False).indices]
