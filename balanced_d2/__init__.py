@@ -1,17 +1,15 @@
 """Balanced learning (Libra R-CNN) for Detectron2. Importing this package registers everything."""
 
-from balanced_d2.compat import no_torchscript_warnings
+import importlib.util
+
+if importlib.util.find_spec("detectron2") is None:
+    raise ModuleNotFoundError(
+        "Detectron2 is not installed; run: python tools/install_detectron2.py", name="detectron2"
+    )
+
+from balanced_d2.compat import no_torchscript_warnings  # noqa: E402
 
 with no_torchscript_warnings():
-    try:
-        import detectron2  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "detectron2":
-            raise
-        raise ModuleNotFoundError(
-            "Detectron2 is not installed; run: python tools/install_detectron2.py",
-            name="detectron2",
-        ) from None
     from balanced_d2 import data, modeling  # noqa: F401  # registration
     from balanced_d2.config import add_balanced_config, load_config
 
