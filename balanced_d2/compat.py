@@ -79,3 +79,9 @@ def is_exporting() -> bool:
         return True
     # torch.compiler.is_exporting is new in PyTorch 2.7
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+@torch.jit.unused
+def is_plain_eager() -> bool:
+    """Whether the code that calls runs as it stands, not for a compiler, a trace or an exporter."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting())

@@ -70,10 +70,9 @@ def non_local_loops(x, weights, pool_keys=False):
     def conv(name, value):
         return conv_loops(value, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    theta, phi, g = (conv(name, x) for name in ("theta", "phi", "g"))
-    if pool_keys:
-        phi, g = pool_by_two_loops(phi), pool_by_two_loops(g)
-    theta, phi, g = (tokens.reshape(channels, -1) for tokens in (theta, phi, g))
+    attended_to = pool_by_two_loops(x) if pool_keys else x
+    values = conv("theta", x), conv("phi", attended_to), conv("g", attended_to)
+    theta, phi, g = (tokens.reshape(channels, -1) for tokens in values)
     y = np.zeros_like(theta)
     for i in range(height * width):
         similarity = [math.exp(theta[:, i] @ phi[:, j]) for j in range(phi.shape[1])]

@@ -8,7 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -184,6 +184,27 @@ def test_builders(builder, levels, refine_level):
     assert list(features) == list(unbalanced) == levels
     for feature, want, before in zip(features.values(), expected, unbalanced.values()):
         assert torch.equal(feature, want) and not torch.equal(feature, before)
+
+
+@pytest.mark.parametrize("refine_level", range(4))
+@pytest.mark.parametrize("top_block", [LastLevelMaxPool, lambda: LastLevelP6P7(16, 16, "p5")])
+def test_gradients_of_a_balanced_fpn(top_block, refine_level):
+    """The levels are overwritten where that is possible; the gradient is that of the plain form."""
+    bottom_up = build_resnet_backbone(config(R_18.format("")), ShapeSpec(channels=3))
+    levels = ["res3", "res4", "res5"]
+    fpn = BalancedFPN(bottom_up, levels, 16, top_block=top_block(), refine_level=refine_level)
+    torch.nn.init.normal_(fpn.balancer.refine.conv_out.weight)
+    image = torch.randn(1, 3, 96, 128)
+    weights = [torch.randn_like(x) for x in fpn(image).values()]
+
+    def gradients(features):
+        fpn.zero_grad()
+        sum((x * weight).sum() for x, weight in zip(features, weights)).backward()
+        return [parameter.grad.clone() for parameter in fpn.parameters()]
+
+    got = gradients(fpn(image).values())
+    plain = FPN.forward(fpn, image)
+    torch.testing.assert_close(got, gradients(fpn.balancer(list(plain.values()))))
 
 
 def test_balanced_fpn_without_a_config():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from balanced_d2 import load_config
 from balanced_d2.compat import no_export_warnings
 from balanced_d2.modeling import rescale
-from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, nearest
+from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
 
 
 @pytest.fixture
@@ -73,25 +73,43 @@ def test_channels_last():
             assert torch.equal(add_nearest(x, y, inplace=True), expected)
 
 
-def test_gradients_equal_pytorchs():
-    def gradients(pool, add, x, y, weights):
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_values_and_gradients_equal_pytorchs(inplace, memory_format):
+    """Of a level that is pooled, and to which something coarser is added, as balancing does."""
+
+    def plain(x, y):
+        return x + F.interpolate(y, x.shape[-2:], mode="nearest"), F.adaptive_max_pool2d(
+            x, y.shape[-2:]
+        )
+
+    def fast(x, y):
+        residual, pooled = fork_pooled(x, y)
+        return add_nearest(residual, y, inplace), pooled
+
+    def run(function, x, y, weights):
         x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        (add(x, y) * weights[0]).sum().backward()
-        (pool(x, y) * weights[1]).sum().backward()
-        return x.grad, y.grad
-
-    def plain_add(x, y):
-        return x + F.interpolate(y, x.shape[-2:], mode="nearest")
-
-    def plain_pool(x, y):
-        return F.adaptive_max_pool2d(x, y.shape[-2:])
+        # As after a layer: what is overwritten is not the leaf.
+        added, pooled = function(x * 1, y)
+        ((added * weights[0]).sum() + (pooled * weights[1]).sum()).backward()
+        return added, pooled, x.grad, y.grad
 
     for coarse, fine in random_sizes(100):
-        x, y = torch.randn(2, 3, *fine), torch.randn(2, 3, *coarse)
+        # Few different values: windows have several maxima, of which one gets the gradient.
+        x = torch.randint(5, (2, 3, *fine)).float().to(memory_format=memory_format)
+        y = torch.randn(2, 3, *coarse)
         weights = torch.randn_like(x), torch.randn_like(y)
-        got = gradients(adaptive_max_pool, add_nearest, x, y, weights)
-        expected = gradients(plain_pool, plain_add, x, y, weights)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        expected = run(plain, x, y, weights)
+        torch.testing.assert_close(run(fast, x, y, weights), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_where_one_of_both_outputs_is_used():
+    x, y = torch.randn(1, 2, 6, 8, requires_grad=True), torch.randn(1, 2, 3, 2)
+    for output in (0, 1):
+        (got,) = torch.autograd.grad(fork_pooled(x, y)[output].square().sum(), x)
+        plain = (x, F.adaptive_max_pool2d(x, (3, 2)))[output]
+        (expected,) = torch.autograd.grad(plain.square().sum(), x)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("octaves", [1, 2, 3, 4])

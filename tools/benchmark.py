@@ -21,7 +21,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2 import load_config
 from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.modeling import FeatureBalancer, balanced_l1_loss, sample_iou_balanced
+from balanced_d2.modeling import (
+    FeatureBalancer,
+    NonLocal2d,
+    balanced_l1_loss,
+    sample_iou_balanced,
+)
 from balanced_d2.modeling.feature_balancer import REFINEMENTS
 
 # isort: split
@@ -290,14 +295,17 @@ def pyramid(batch: int, channels: int, height: int, width: int, device) -> list:
     return [torch.randn(batch, channels, *s, device=device, requires_grad=True) for s in sizes]
 
 
-def forward_and_backward(balancer: nn.Module, features: list):
-    gradients = [torch.ones_like(x) for x in features]
+def forward_and_backward(module: nn.Module, features):
+    """A function that runs both, of a module that takes and returns a tensor or a list of them."""
+    is_one = isinstance(features, torch.Tensor)
+    leaves = [features] if is_one else features
+    gradients = [torch.ones_like(x) for x in leaves]
 
     def run():
-        torch.autograd.backward(balancer(features), gradients)
-        for x in features:
+        torch.autograd.backward(module(features), gradients[0] if is_one else gradients)
+        for x in leaves:
             x.grad = None
-        balancer.zero_grad()
+        module.zero_grad()
 
     return run
 
@@ -327,6 +335,18 @@ def measure_parts(bench: Bench, scale: float) -> None:
         {
             "explicit N x N": forward_and_backward(explicit, features),
             **{name: forward_and_backward(b, features) for name, b in balancers.items()},
+        },
+    )
+
+    refined = pyramid(2, channels, height, width, bench.device)[2]
+    bench.compare(
+        f"refinement alone, forward and backward, {where}",
+        {
+            name: forward_and_backward(block.to(bench.device), refined)
+            for name, block in (
+                ("non_local", NonLocal2d(channels)),
+                ("non_local_pooled", NonLocal2d(channels, pool_keys=True)),
+            )
         },
     )
 

@@ -1,12 +1,14 @@
 """Feature pyramid network with balanced outputs, and its builders for ResNet."""
 
 import types
+from typing import Optional
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
 
 from balanced_d2.modeling.feature_balancer import FeatureBalancer
 
@@ -22,7 +24,7 @@ class BalancedFPN(FPN):
     """Detectron2's FPN with a :class:`FeatureBalancer` on its outputs.
 
     Args:
-        bottom_up, in_features, out_channels, **fpn_args: as for Detectron2's ``FPN``.
+        bottom_up, in_features, out_channels, top_block, **fpn_args: as for Detectron2's ``FPN``.
         refine_level, refine_type: as for :class:`FeatureBalancer`.
 
     Raises:
@@ -38,13 +40,17 @@ class BalancedFPN(FPN):
         in_features,
         out_channels: int,
         *,
+        top_block: Optional[nn.Module] = None,
         refine_level: int = 2,
         refine_type: str = "non_local",
         **fpn_args,
     ):
-        super().__init__(bottom_up, in_features, out_channels, **fpn_args)
+        super().__init__(bottom_up, in_features, out_channels, top_block=top_block, **fpn_args)
         self.balancer = FeatureBalancer(out_channels, refine_level, refine_type)
         self.balancer.check_levels(len(self._out_features))
+        # The gradient of a top block may need the level that it was made from as it was.
+        finer = self._out_features[:refine_level]
+        self._inplace_with_gradient = getattr(top_block, "in_feature", None) not in finer
 
     def forward(self, x):
         """
@@ -55,8 +61,8 @@ class BalancedFPN(FPN):
             dict[str, Tensor]: balanced levels by name, from fine to coarse, e.g. p2 to p6.
         """
         features = self._unbalanced_forward(x)
-        # The levels are this module's own; a gradient may need them as they are.
-        inplace = not torch.is_grad_enabled()
+        # The levels are this module's own.
+        inplace = self._inplace_with_gradient or not torch.is_grad_enabled()
         balanced = self.balancer(list(features.values()), inplace)
         return dict(zip(features.keys(), balanced))
 

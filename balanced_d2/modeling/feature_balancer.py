@@ -10,7 +10,7 @@ from torch import nn
 
 from balanced_d2.errors import UserError, check_choice
 from balanced_d2.modeling.non_local import NonLocal2d
-from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, nearest
+from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
 
 
 def _build_none(channels: int) -> nn.Module:
@@ -73,7 +73,7 @@ class FeatureBalancer(nn.Module):
         """
         Args:
             features: the levels from fine to coarse, each of shape (N, in_channels, H_i, W_i).
-            inplace: whether they may be overwritten, which saves time where no gradient is needed.
+            inplace: whether they may be overwritten, which saves time and memory.
 
         Returns:
             The balanced levels, of the same shapes.
@@ -82,16 +82,18 @@ class FeatureBalancer(nn.Module):
             self.check_levels(len(features))
         refined_level = features[self.refine_level]
         balanced = torch.zeros_like(refined_level)
+        residuals: List[torch.Tensor] = []
         for level, feature in enumerate(features):
-            balanced = balanced + (
-                adaptive_max_pool(feature, refined_level)
-                if level < self.refine_level
-                else nearest(feature, refined_level)
-            )
+            if level < self.refine_level:
+                feature, rescaled = fork_pooled(feature, refined_level)
+            else:
+                rescaled = nearest(feature, refined_level)
+            residuals.append(feature)
+            balanced = balanced + rescaled
         balanced = self.refine(balanced / len(features))
         return [
-            add_nearest(feature, balanced, inplace)
+            add_nearest(residual, balanced, inplace)
             if level < self.refine_level
-            else feature + adaptive_max_pool(balanced, feature)
-            for level, feature in enumerate(features)
+            else residual + adaptive_max_pool(balanced, residual)
+            for level, residual in enumerate(residuals)
         ]

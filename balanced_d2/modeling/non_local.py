@@ -15,8 +15,9 @@ class NonLocal2d(nn.Module):
 
     Args:
         channels: number of channels of input and output.
-        pool_keys: whether keys and values (phi and g) are max-pooled by 2, which makes the product
-            four times cheaper (Non-local Neural Networks, section 3.3, "subsampling trick").
+        pool_keys: whether keys and values (phi and g) are computed from ``x`` max-pooled by 2,
+            which makes the product four times cheaper (Non-local Neural Networks, section 3.3,
+            "subsampling trick"; there it is phi and g that are pooled, which saves less).
     """
 
     def __init__(self, channels: int, pool_keys: bool = False):
@@ -43,12 +44,14 @@ class NonLocal2d(nn.Module):
         # The fused attention on CPU needs the channels to be contiguous; with any other layout
         # PyTorch silently falls back to the explicit matrix.
         channels_last = x.contiguous(memory_format=torch.channels_last)
-        key, value = self.phi(channels_last), self.g(channels_last)
+        attended_to = channels_last
         if self.pool_keys:
-            key = F.max_pool2d(key, 2, ceil_mode=True)
-            value = F.max_pool2d(value, 2, ceil_mode=True)
+            attended_to = F.max_pool2d(channels_last, 2, ceil_mode=True)
         attended = F.scaled_dot_product_attention(
-            _as_tokens(self.theta(channels_last)), _as_tokens(key), _as_tokens(value), scale=1.0
+            _as_tokens(self.theta(channels_last)),
+            _as_tokens(self.phi(attended_to)),
+            _as_tokens(self.g(attended_to)),
+            scale=1.0,
         )
         return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
 

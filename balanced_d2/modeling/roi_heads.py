@@ -18,13 +18,15 @@ from balanced_d2.modeling.sampling import (
     check_bins,
     iou_bins,
     members,
+    sample_evenly,
     sample_instance_balanced,
-    sample_iou_balanced,
     sample_random,
 )
 
 NEGATIVE_SAMPLERS = ("random", "iou_balanced")
 POSITIVE_SAMPLERS = {"random": sample_random, "instance_balanced": sample_instance_balanced}
+# On a GPU, every how many iterations the counts are logged: as often as Detectron2 writes its log.
+COUNT_PERIOD = 20
 BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
 
 
@@ -67,7 +69,7 @@ class BalancedSamplingMixin:
         self.iou_range = negative_iou_range(self.proposal_matcher)
         check_bins(num_bins, self.iou_range)
         self._sample_negatives = (
-            partial(sample_iou_balanced, num_bins=num_bins, iou_range=self.iou_range)
+            partial(sample_evenly, num_groups=num_bins)
             if negative_sampler == "iou_balanced"
             else sample_random
         )
@@ -96,7 +98,7 @@ class BalancedSamplingMixin:
         Logged besides Detectron2's ``roi_head/num_{fg,bg}_samples``, as the mean over the batch's
         images, for each IoU bin k (0 is the lowest IoU, the easiest negatives):
         ``roi_head/num_neg_bin{k}``, the sampled negatives, and
-        ``roi_head/num_neg_bin{k}_available``.
+        ``roi_head/num_neg_bin{k}_available``. On a GPU these come every 20 iterations.
         """
         if self.proposal_append_gt:
             proposals = add_ground_truth_to_proposals(targets, proposals)
@@ -105,13 +107,14 @@ class BalancedSamplingMixin:
             ious, matched, labels = self._match(image_proposals, image_targets)
             (fg,) = nonzero_tuple(labels == 1)
             (bg,) = nonzero_tuple(labels == 0)
-            bg_ious = ious[bg]
-            bins = members(iou_bins(bg_ious, self.num_bins, self.iou_range), self.num_bins)
+            bins = iou_bins(ious[bg], self.num_bins, self.iou_range)
 
             max_fg = int(self.batch_size_per_image * self.positive_fraction)
             chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
-            chosen_bg = self._sample_negatives(bg_ious, self.batch_size_per_image - len(chosen_fg))
-            bin_counts += [bins[:, chosen_bg].sum(dim=1), bins.sum(dim=1)]
+            num_negatives = self.batch_size_per_image - len(chosen_fg)
+            chosen_bg = self._sample_negatives(bins, num_samples=num_negatives)
+            in_bin = members(bins, self.num_bins)
+            bin_counts += [in_bin[:, chosen_bg].sum(dim=1), in_bin.sum(dim=1)]
             num_fg += len(chosen_fg)
             num_bg += len(chosen_bg)
 
@@ -147,7 +150,10 @@ class BalancedSamplingMixin:
         storage = get_event_storage()
         storage.put_scalar("roi_head/num_fg_samples", num_fg / num_images)
         storage.put_scalar("roi_head/num_bg_samples", num_bg / num_images)
-        # One transfer from the device for all counts.
+        # To read the counts, the host has to wait for the device: once for all of them, and on a
+        # GPU only where Detectron2's writers are going to look.
+        if bin_counts[0].is_cuda and (storage.iter + 1) % COUNT_PERIOD != 0:
+            return
         means = torch.stack(bin_counts).view(num_images, 2, self.num_bins).float().mean(dim=0)
         for k, (num_sampled, num_available) in enumerate(means.t().tolist()):
             storage.put_scalar(f"roi_head/num_neg_bin{k}", num_sampled)

@@ -21,6 +21,34 @@ def sample_random(candidates: torch.Tensor, num_samples: int) -> torch.Tensor:
     return torch.randperm(len(candidates), device=candidates.device)[:num_samples]
 
 
+def sample_evenly(groups: torch.Tensor, num_groups: int, num_samples: int) -> torch.Tensor:
+    """Sample candidates evenly over groups.
+
+    Each group gives ``num_samples // num_groups`` (at least 1) of its candidates, or all it has;
+    the rest is drawn at random from all candidates not yet taken.
+
+    Args:
+        groups: shape (M,), the number of each candidate's group; others than 0 to
+            ``num_groups - 1`` are in none.
+        num_groups: how many groups there are.
+        num_samples: how many to sample. With M of them or fewer, all are taken.
+
+    Returns:
+        LongTensor of shape (min(num_samples, M),): indices into ``groups``, without repeats, in no
+        particular order, on the device of ``groups``.
+
+    Raises:
+        UserError: if ``num_samples`` is negative.
+    """
+    if num_samples < 0:
+        raise UserError(f"num_samples is {num_samples}; it cannot be negative")
+    if len(groups) <= num_samples:
+        return torch.arange(len(groups), device=groups.device)
+    quota = max(1, num_samples // num_groups)
+    sample = _sample_with_numpy if groups.device.type == "cpu" else _sample_without_waiting
+    return sample(groups, num_groups, num_samples, quota)
+
+
 def sample_iou_balanced(
     ious: torch.Tensor,
     num_samples: int,
@@ -46,7 +74,7 @@ def sample_iou_balanced(
     Raises:
         UserError: if ``num_bins`` is below 1, ``iou_range`` empty or ``num_samples`` negative.
     """
-    return _sample_evenly(iou_bins(ious, num_bins, iou_range), num_bins, num_samples)
+    return sample_evenly(iou_bins(ious, num_bins, iou_range), num_bins, num_samples)
 
 
 def sample_instance_balanced(gt_indices: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -67,7 +95,7 @@ def sample_instance_balanced(gt_indices: torch.Tensor, num_samples: int) -> torc
         UserError: if ``num_samples`` is negative.
     """
     instances, groups = torch.unique(gt_indices, return_inverse=True)
-    return _sample_evenly(groups, len(instances), num_samples)
+    return sample_evenly(groups, len(instances), num_samples)
 
 
 def iou_bins(ious: torch.Tensor, num_bins: int, iou_range: Tuple[float, float]) -> torch.Tensor:
@@ -105,22 +133,6 @@ def check_bins(num_bins: int, iou_range: Tuple[float, float]) -> None:
     low, high = iou_range
     if not low < high:
         raise UserError(f"iou_range is {iou_range}; the lower bound has to be below the upper one")
-
-
-def _sample_evenly(groups: torch.Tensor, num_groups: int, num_samples: int) -> torch.Tensor:
-    """Sample candidates, the same number from each group.
-
-    Args:
-        groups: shape (M,), the number of each candidate's group; others than 0 to
-            ``num_groups - 1`` are in none.
-    """
-    if num_samples < 0:
-        raise UserError(f"num_samples is {num_samples}; it cannot be negative")
-    if len(groups) <= num_samples:
-        return torch.arange(len(groups), device=groups.device)
-    quota = max(1, num_samples // num_groups)
-    sample = _sample_with_numpy if groups.device.type == "cpu" else _sample_without_waiting
-    return sample(groups, num_groups, num_samples, quota)
 
 
 def _sample_with_numpy(
