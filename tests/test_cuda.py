@@ -1,9 +1,16 @@
 """What only a GPU shows. Skipped where there is none."""
 
+import warnings
+
 import pytest
 import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from balanced_d2.modeling import (
+    BalancedSamplingMixin,
     FeatureBalancer,
     balanced_l1_loss,
     sample_instance_balanced,
@@ -36,6 +43,36 @@ def test_balancing_and_loss_do_not_synchronise(no_synchronisation):
         torch.randn(9, 4, device="cuda"), torch.zeros(9, 4, device="cuda"), reduction="sum"
     )
     loss.backward()
+
+
+def test_heads_synchronise_no_more_than_detectron2s():
+    def synchronisations(cls, **arguments):
+        heads = cls(
+            num_classes=4,
+            batch_size_per_image=64,
+            positive_fraction=0.25,
+            proposal_matcher=Matcher([0.5], [0, 1]),
+            **arguments,
+        )
+        proposals, targets = Instances((99, 99)), Instances((99, 99))
+        corners = torch.rand(400, 2, device="cuda") * 50
+        proposals.proposal_boxes = Boxes(torch.cat([corners, corners + 30], dim=1))
+        proposals.objectness_logits = torch.zeros(400, device="cuda")
+        targets.gt_boxes = Boxes(torch.tensor([[20.0, 20, 50, 50]], device="cuda"))
+        targets.gt_classes = torch.tensor([1], device="cuda")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with EventStorage(), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                heads.label_and_sample_proposals([proposals], [targets])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    class Balanced(BalancedSamplingMixin, ROIHeads):
+        pass
+
+    assert synchronisations(Balanced) <= synchronisations(ROIHeads)
 
 
 def test_instance_balanced_sampling():
