@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Train and evaluate a detector with balanced learning.
 
-Takes Detectron2's usual arguments, and --register for data sets in COCO format.
+Takes Detectron2's usual arguments, with a config in YAML or a LazyConfig, and --register for data
+sets in COCO format.
 """
 
 import sys
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.engine import BalancedTrainer, argument_parser, run, setup
+from balanced_d2.engine import argument_parser, run, setup
 
 # isort: split
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,19 +17,19 @@ from detectron2.utils import comm
 
 
 def main(args):
-    cfg = setup(args)
+    trainer_class, cfg = setup(args)
 
     if args.eval_only:
-        model = BalancedTrainer.build_model(cfg)
+        model = trainer_class.build_model(cfg)
         DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
-        results = BalancedTrainer.test(cfg, model)
+        results = trainer_class.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
 
-    trainer = BalancedTrainer(cfg)
+    trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 

@@ -8,15 +8,23 @@ from typing import Iterator, Sequence
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    RetinaNet,
+)
 
 from balanced_d2.errors import UserError
 
 
 def add_balanced_config(cfg: CN) -> None:
     """Add the keys of balanced_d2 to a Detectron2 config. No key that is there changes."""
-    # Balanced feature pyramid, for the builders `build_balanced_*_fpn_backbone`.
+    # Balanced feature pyramid, for the builders `build_balanced_*fpn_backbone`.
     cfg.MODEL.BALANCED_FPN = CN()
+    # The backbone that `build_balanced_fpn_backbone` and `build_balanced_retinanet_fpn_backbone`
+    # build the pyramid on: any name of Detectron2's BACKBONE_REGISTRY.
+    cfg.MODEL.BALANCED_FPN.BOTTOM_UP = "build_resnet_backbone"
     # False: the same builders give Detectron2's plain FPN.
     cfg.MODEL.BALANCED_FPN.ENABLED = True
     # The level, counted from the finest, at whose resolution the levels are averaged and refined:
@@ -25,6 +33,8 @@ def add_balanced_config(cfg: CN) -> None:
     # What refines the averaged features: "none", "conv" (3x3), "non_local" (the paper's) or
     # "non_local_pooled", the same with keys pooled by 2, which is cheaper.
     cfg.MODEL.BALANCED_FPN.REFINE_TYPE = "non_local"
+    # Of P3-P7: whether there is a ReLU between P6 and P7 (in MMDetection there is none).
+    cfg.MODEL.BALANCED_FPN.P7_RELU = True
 
     # Sampling of proposals, for BalancedROIHeads.
     # Negatives: "random" as in Detectron2, or "iou_balanced", evenly over bins of IoU.
@@ -34,13 +44,19 @@ def add_balanced_config(cfg: CN) -> None:
     # Into how many bins the IoU of negatives is split.
     cfg.MODEL.ROI_HEADS.NUM_BINS = 3
 
-    # Balanced L1, for BalancedROIHeads with MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE "balanced_l1".
-    # How much the gradient of inliers rises: the smaller, the more.
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1_ALPHA = 0.5
-    # The gradient of outliers.
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1_GAMMA = 1.5
-    # Where outliers begin, in units of the (weighted) box deltas.
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1_BETA = 1.0
+    # Balanced L1, for BBOX_REG_LOSS_TYPE "balanced_l1" of MODEL.ROI_BOX_HEAD (with
+    # BalancedROIHeads or BalancedCascadeROIHeads) and of MODEL.RETINANET (with BalancedRetinaNet).
+    for node, beta in ((cfg.MODEL.ROI_BOX_HEAD, 1.0), (cfg.MODEL.RETINANET, 0.11)):
+        # How much the gradient of inliers rises: the smaller, the more.
+        node.BALANCED_L1_ALPHA = 0.5
+        # The gradient of outliers.
+        node.BALANCED_L1_GAMMA = 1.5
+        # Where outliers begin, in units of the (weighted) box deltas.
+        node.BALANCED_L1_BETA = beta
+
+    # Of BalancedRetinaNet: whether boxes are clipped to the image before non-maximum suppression
+    # too, as in MMDetection.
+    cfg.MODEL.RETINANET.CLIP_BEFORE_NMS = False
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
@@ -73,13 +89,18 @@ def _check_names(cfg: CN) -> None:
             names = [known for known, _ in registry]
             close = difflib.get_close_matches(name, names, n=1) or names
             raise UserError(f"MODEL.{key}: there is no {name!r}; did you mean {', '.join(close)}?")
-    from_detectron2 = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME).__module__.startswith(
-        "detectron2."
-    )
-    if model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "balanced_l1" and from_detectron2:
+    meta_architecture = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
+    if issubclass(meta_architecture, RetinaNet):
+        key, loss_type, cls = "RETINANET", model.RETINANET.BBOX_REG_LOSS_TYPE, meta_architecture
+        ours = "MODEL.META_ARCHITECTURE BalancedRetinaNet"
+    else:
+        key, loss_type = "ROI_BOX_HEAD", model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
+        cls = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
+        ours = "MODEL.ROI_HEADS.NAME BalancedROIHeads or BalancedCascadeROIHeads"
+    if loss_type == "balanced_l1" and cls.__module__.startswith("detectron2."):
         raise UserError(
-            'MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE "balanced_l1" needs MODEL.ROI_HEADS.NAME '
-            f'"BalancedROIHeads"; {model.ROI_HEADS.NAME} does not know it'
+            f'MODEL.{key}.BBOX_REG_LOSS_TYPE "balanced_l1" needs {ours}; {cls.__name__} does not '
+            "know it"
         )
 
 

@@ -1,6 +1,7 @@
 """Whole models: every config builds, and with all balances off they are Detectron2's own."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,17 +9,22 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from balanced_d2 import add_balanced_config, load_config
 from balanced_d2.errors import UserError
-from balanced_d2.modeling import BalancedFPN
+from balanced_d2.modeling import P6P7, BalancedFPN, BalancedRetinaNet
 
 from .conftest import ROOT
 
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").glob("*/*.yaml")
+    if path.parent.name != "common"  # parts of others
+)
 R_18 = "configs/BCCD/{}faster_rcnn_R_18_FPN.yaml"
 
 
@@ -48,12 +54,19 @@ def losses(model, seed=11):
 def test_config_builds(name):
     cfg = config(name)
     model = build_model(cfg)
-    balanced = "balanced" in name.rsplit("/", 1)[1]
-    assert balanced == (
-        isinstance(model.backbone, BalancedFPN)
-        or cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER == "iou_balanced"
-        or cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "balanced_l1"
-    )
+    balances = [isinstance(model.backbone, BalancedFPN)]
+    if isinstance(model, BalancedRetinaNet):
+        balances.append(model.balanced_l1 is not None)
+    else:
+        predictors = model.roi_heads.box_predictor
+        for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
+            balances.append(predictor.box_reg_loss_type == "balanced_l1")
+        balances.append(cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER == "iou_balanced")
+    file = name.rsplit("/", 1)[1]
+    if file.startswith(("balanced_", "libra_")):
+        assert all(balances)
+    else:
+        assert sum(balances) == ("balanced" in file)
 
 
 def test_single_component_configs_turn_on_one_balance_each():
@@ -90,7 +103,9 @@ def test_adding_the_config_changes_no_default():
     after = dict(flat(cfg))
     assert before.items() <= after.items()
     assert {key for key in after if key not in before} == {
+        "MODEL.BALANCED_FPN.BOTTOM_UP",
         "MODEL.BALANCED_FPN.ENABLED",
+        "MODEL.BALANCED_FPN.P7_RELU",
         "MODEL.BALANCED_FPN.REFINE_LEVEL",
         "MODEL.BALANCED_FPN.REFINE_TYPE",
         "MODEL.ROI_HEADS.NEGATIVE_SAMPLER",
@@ -99,6 +114,10 @@ def test_adding_the_config_changes_no_default():
         "MODEL.ROI_BOX_HEAD.BALANCED_L1_ALPHA",
         "MODEL.ROI_BOX_HEAD.BALANCED_L1_GAMMA",
         "MODEL.ROI_BOX_HEAD.BALANCED_L1_BETA",
+        "MODEL.RETINANET.BALANCED_L1_ALPHA",
+        "MODEL.RETINANET.BALANCED_L1_GAMMA",
+        "MODEL.RETINANET.BALANCED_L1_BETA",
+        "MODEL.RETINANET.CLIP_BEFORE_NMS",
     }
 
 
@@ -186,8 +205,13 @@ def test_builders(builder, levels, refine_level):
         assert torch.equal(feature, want) and not torch.equal(feature, before)
 
 
-@pytest.mark.parametrize("refine_level", range(4))
-@pytest.mark.parametrize("top_block", [LastLevelMaxPool, lambda: LastLevelP6P7(16, 16, "p5")])
+@pytest.mark.parametrize(
+    "top_block, refine_level",
+    [
+        *((LastLevelMaxPool, level) for level in range(4)),
+        *((partial(P6P7, 16, 16, "p5", relu=relu), n) for n in range(5) for relu in (True, False)),
+    ],
+)
 def test_gradients_of_a_balanced_fpn(top_block, refine_level):
     """The levels are overwritten where that is possible; the gradient is that of the plain form."""
     bottom_up = build_resnet_backbone(config(R_18.format("")), ShapeSpec(channels=3))

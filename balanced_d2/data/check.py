@@ -5,6 +5,7 @@ from typing import Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 
 from balanced_d2.data.coco import told_as_annotation_error
 from balanced_d2.errors import UserError
@@ -77,7 +78,9 @@ def _check_classes(name: str, cfg: CfgNode) -> None:
 
 def _num_classes(cfg: CfgNode) -> tuple[str, Optional[int]]:
     """The key that says how many classes the model has, and its value, where that is known."""
-    return {
-        "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
-        "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),
-    }.get(cfg.MODEL.META_ARCHITECTURE, ("", None))
+    meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if issubclass(meta_architecture, GeneralizedRCNN):
+        return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if issubclass(meta_architecture, RetinaNet):
+        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
+    return "", None

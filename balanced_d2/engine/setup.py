@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from typing import Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +14,10 @@ from detectron2.utils.logger import setup_logger
 from balanced_d2.config import load_config
 from balanced_d2.data.check import check_datasets
 from balanced_d2.data.register import add_register_argument, register_from
+from balanced_d2.engine.lazy import lazy_trainer
+from balanced_d2.engine.trainer import BalancedTrainer
 from balanced_d2.errors import UserError
+from balanced_d2.lazy_config import is_lazy, load_lazy_config, trainer_config
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -23,7 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
     """Register the user's data sets, load the config, start the log and check the data.
 
     To be called in every process: data sets are registered per process.
@@ -32,17 +36,23 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: parsed by :func:`argument_parser`.
 
     Returns:
-        The config, frozen.
+        The class of the trainer, and the config for it, frozen. Of a LazyConfig that holds only
+        what the trainer reads; the rest is in the class.
 
     Raises:
         UserError: on anything in the arguments, the config or the data that is the user's to mend.
     """
     register_from(args)
-    cfg = load_config(args.config_file, args.opts)
+    if is_lazy(args.config_file):
+        to_save = lazy = load_lazy_config(args.config_file, args.opts)
+        trainer, cfg = lazy_trainer(lazy), trainer_config(lazy)
+    else:
+        to_save = cfg = load_config(args.config_file, args.opts)
+        trainer = BalancedTrainer
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         raise UserError(
-            "nothing to evaluate: set MODEL.WEIGHTS to a checkpoint, or add --resume for the last "
-            "one in OUTPUT_DIR"
+            "nothing to evaluate: set MODEL.WEIGHTS (train.init_checkpoint in a .py config) to a "
+            "checkpoint, or add --resume for the last one in OUTPUT_DIR"
         )
     check_weights(cfg)
     try:
@@ -51,9 +61,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
     use_available_device(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
+    default_setup(to_save, args)
     check_datasets(cfg, train=not args.eval_only)
-    return cfg
+    return trainer, cfg
 
 
 def use_available_device(cfg: CfgNode) -> None:

@@ -1,6 +1,7 @@
 """Balanced L1 loss (Libra R-CNN, section 3.3)."""
 
 import math
+from typing import Tuple
 
 import torch
 
@@ -59,12 +60,17 @@ def inlier_steepness(alpha: float, gamma: float, beta: float) -> float:
     for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
         if not (value > 0 and math.isfinite(value)):
             raise UserError(
-                f"Balanced L1's {name} (MODEL.ROI_BOX_HEAD.BALANCED_L1_{name.upper()}) is "
-                f"{value}; it has to be a finite number above 0"
+                f"Balanced L1's {name} (key BALANCED_L1_{name.upper()}) is {value}; it has to be "
+                "a finite number above 0"
             )
     if gamma / alpha > 80:  # exp() would leave the range of float32
         raise UserError(
-            f"Balanced L1's gamma / alpha is {gamma / alpha:g} (MODEL.ROI_BOX_HEAD."
-            "BALANCED_L1_GAMMA and BALANCED_L1_ALPHA); it has to be 80 at most"
+            f"Balanced L1's gamma / alpha is {gamma / alpha:g} (keys BALANCED_L1_GAMMA and "
+            "BALANCED_L1_ALPHA); it has to be 80 at most"
         )
     return math.expm1(gamma / alpha)
+
+
+def balanced_l1_from_config(node) -> Tuple[float, float, float]:
+    """(alpha, gamma, beta) from the node of a config that holds ``BALANCED_L1_ALPHA`` and so on."""
+    return node.BALANCED_L1_ALPHA, node.BALANCED_L1_GAMMA, node.BALANCED_L1_BETA

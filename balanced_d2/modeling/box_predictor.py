@@ -6,7 +6,11 @@ from detectron2.config import configurable
 from detectron2.layers import nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 
-from balanced_d2.modeling.balanced_l1 import balanced_l1_loss, inlier_steepness
+from balanced_d2.modeling.balanced_l1 import (
+    balanced_l1_from_config,
+    balanced_l1_loss,
+    inlier_steepness,
+)
 
 
 class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
@@ -27,14 +31,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        head = cfg.MODEL.ROI_BOX_HEAD
         return {
             **super().from_config(cfg, input_shape),
-            "balanced_l1": (
-                head.BALANCED_L1_ALPHA,
-                head.BALANCED_L1_GAMMA,
-                head.BALANCED_L1_BETA,
-            ),
+            "balanced_l1": balanced_l1_from_config(cfg.MODEL.ROI_BOX_HEAD),
         }
 
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):

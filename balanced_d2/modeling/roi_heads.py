@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from detectron2.layers import nonzero_tuple
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 
@@ -170,8 +170,30 @@ def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:
     return max(0.0, min(low for low, _ in negative)), min(1.0, max(high for _, high in negative))
 
 
+class BalancedBoxLossMixin:
+    """Balanced L1 (by config) for the box predictor, or predictors, of a ``StandardROIHeads``."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        loss_type = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
+        check_choice("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss_type, BOX_REG_LOSSES)
+        ret = super()._init_box_head(cfg, input_shape)
+        if loss_type != "balanced_l1":
+            return ret
+        if "box_predictor" in ret:
+            ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
+        else:  # a cascade, whose predictors differ in their transform
+            ret["box_predictors"] = [
+                BalancedFastRCNNOutputLayers(
+                    cfg, head.output_shape, box2box_transform=predictor.box2box_transform
+                )
+                for head, predictor in zip(ret["box_heads"], ret["box_predictors"])
+            ]
+        return ret
+
+
 @ROI_HEADS_REGISTRY.register()
-class BalancedROIHeads(BalancedSamplingMixin, StandardROIHeads):
+class BalancedROIHeads(BalancedSamplingMixin, BalancedBoxLossMixin, StandardROIHeads):
     """Detectron2's ``StandardROIHeads`` with balanced sampling and Balanced L1 (by config).
 
     Args: see :class:`BalancedSamplingMixin`; the others are those of ``StandardROIHeads``.
@@ -182,11 +204,12 @@ class BalancedROIHeads(BalancedSamplingMixin, StandardROIHeads):
     mask_on: torch.jit.Final[bool]
     keypoint_on: torch.jit.Final[bool]
 
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        loss_type = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
-        check_choice("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss_type, BOX_REG_LOSSES)
-        ret = super()._init_box_head(cfg, input_shape)
-        if loss_type == "balanced_l1":
-            ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
-        return ret
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedCascadeROIHeads(BalancedSamplingMixin, BalancedBoxLossMixin, CascadeROIHeads):
+    """Detectron2's ``CascadeROIHeads`` with both: sampling in the first stage, the loss in all.
+
+    The later stages take all boxes of the one before, so there is nothing to sample.
+
+    Args: see :class:`BalancedSamplingMixin`; the others are those of ``CascadeROIHeads``.
+    """

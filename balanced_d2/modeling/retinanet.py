@@ -1,0 +1,85 @@
+"""RetinaNet with Balanced L1 among its regression losses."""
+
+from typing import Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import cat
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.structures import Boxes, Instances
+
+from balanced_d2.modeling.balanced_l1 import (
+    balanced_l1_from_config,
+    balanced_l1_loss,
+    inlier_steepness,
+)
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedRetinaNet(RetinaNet):
+    """Detectron2's RetinaNet, to which ``box_reg_loss_type="balanced_l1"`` is added.
+
+    Args:
+        box_reg_loss_type: ``"balanced_l1"`` or one of Detectron2's.
+        balanced_l1: (alpha, gamma, beta) of :func:`balanced_l1_loss`.
+        clip_before_nms: whether boxes are clipped to the image before non-maximum suppression, as
+            MMDetection does, and not only after it.
+        **kwargs: as for Detectron2's ``RetinaNet``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        box_reg_loss_type: str = "smooth_l1",
+        balanced_l1: Tuple[float, float, float] = (0.5, 1.5, 0.11),
+        clip_before_nms: bool = False,
+        **kwargs,
+    ):
+        is_balanced = box_reg_loss_type == "balanced_l1"
+        super().__init__(
+            box_reg_loss_type="smooth_l1" if is_balanced else box_reg_loss_type, **kwargs
+        )
+        inlier_steepness(*balanced_l1)  # refuse wrong values now, not at the first iteration
+        self.balanced_l1 = tuple(balanced_l1) if is_balanced else None
+        self.clip_before_nms = clip_before_nms
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {
+            **super().from_config(cfg),
+            "balanced_l1": balanced_l1_from_config(cfg.MODEL.RETINANET),
+            "clip_before_nms": cfg.MODEL.RETINANET.CLIP_BEFORE_NMS,
+        }
+
+    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+        """
+        Args:
+            anchors: the Boxes of each level, together R of them.
+            pred_logits, pred_anchor_deltas: of each level, shape (N, Hi * Wi * Ai, K or 4).
+            gt_labels, gt_boxes: of each image, shapes (R,) and (R, 4): the class, ``num_classes``
+                for background and -1 for ignored anchors, and the matched box.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``, summed and divided by the (running mean of the)
+            number of foreground anchors.
+        """
+        losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        if self.balanced_l1 is None:
+            return losses
+        # Detectron2 has the loss in a function that cannot be extended: its own, of the values that
+        # are there anyway, is replaced.
+        labels = torch.stack(gt_labels)
+        foreground = (labels >= 0) & (labels != self.num_classes)
+        anchor_boxes = Boxes.cat(anchors).tensor.expand(*labels.shape, 4)[foreground]
+        target = self.box2box_transform.get_deltas(anchor_boxes, torch.stack(gt_boxes)[foreground])
+        deltas = cat(pred_anchor_deltas, dim=1)[foreground]
+        loss = balanced_l1_loss(deltas, target, *self.balanced_l1, reduction="sum")
+        return {**losses, "loss_box_reg": loss / self.loss_normalizer}
+
+    def _decode_per_level_predictions(self, *args, **kwargs) -> Instances:
+        predictions = super()._decode_per_level_predictions(*args, **kwargs)
+        if not self.clip_before_nms:
+            return predictions
+        predictions.pred_boxes.clip(predictions.image_size)
+        return predictions[predictions.pred_boxes.nonempty()]

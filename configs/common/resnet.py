@@ -1,0 +1,15 @@
+# ResNet-50 with the weights and the statistics of MSRA's, and the normalisation that these expect.
+from detectron2.config import LazyCall as L
+from detectron2.modeling.backbone import BasicStem, ResNet
+
+bottom_up = L(ResNet)(
+    stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+    stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=True, norm="FrozenBN"),
+    freeze_at=2,
+)
+
+pixels = {
+    "pixel_mean": [103.53, 116.28, 123.675],
+    "pixel_std": [1.0, 1.0, 1.0],
+    "input_format": "BGR",
+}
