@@ -32,7 +32,10 @@ def bccd_root():
 
 
 def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
-    """Write a data set of bright (class 1) and dark (class 2) squares; return its JSON file."""
+    """Write a data set of bright (class 1) and dark (class 2) squares; return its JSON file.
+
+    Each has a mask, and the middles of its left and right side as keypoints.
+    """
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
@@ -54,11 +57,17 @@ def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
                     "bbox": [x, y, side, side],
                     "area": side * side,
                     "iscrowd": 0,
+                    "segmentation": [
+                        [x, y, x + side, y, x + side, y + side, x, y + side],
+                    ],
+                    "keypoints": [x, y + side // 2, 2, x + side, y + side // 2, 2],
+                    "num_keypoints": 2,
                 }
             )
         cv2.imwrite(str(folder / "images" / f"{image_id}.jpg"), image)
         images.append({"id": image_id, "file_name": f"{image_id}.jpg", "height": 64, "width": 80})
-    categories = [{"id": 1, "name": "bright"}, {"id": 2, "name": "dark"}]
+    keypoints = {"keypoints": ["left_side", "right_side"], "skeleton": [[1, 2]]}
+    categories = [{"id": i, "name": n, **keypoints} for i, n in ((1, "bright"), (2, "dark"))]
     json_file = folder / "annotations.json"
     json_file.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
@@ -130,9 +139,9 @@ def assert_told(result: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in errors[0]
 
 
-def load_tool(name: str):
-    """A program of ``tools/`` as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+def load_tool(name: str, folder: str = "tools"):
+    """A program of ``tools/``, or of another folder, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

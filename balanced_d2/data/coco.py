@@ -1,5 +1,6 @@
 """COCO-format data sets whose mistakes are told to the user."""
 
+import json
 import logging
 import os
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
     """Load a COCO-format data set with Detectron2's loader.
 
     Annotations whose box has no width or height are dropped, with one warning that counts them.
+    The names of keypoints become metadata; those with "left" and "right" in their names are
+    exchanged where an image is flipped.
 
     Returns:
         Detectron2's standard data set dicts; each annotation keeps its ``id`` of the file.
@@ -63,8 +66,27 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         raise UserError(f"data set {name!r}: image folder {image_root} does not exist")
     with told_as_annotation_error(name, json_file):
         records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
+        if any("keypoints" in annotation for r in records for annotation in r["annotations"]):
+            _set_keypoints(name, json_file)
     _drop_degenerate(name, json_file, records)
     return records
+
+
+def _set_keypoints(name: str, json_file: str) -> None:
+    """Take the names of the keypoints into the metadata, and which ones a flip exchanges.
+
+    Detectron2 needs them to train on keypoints, and does not read them.
+    """
+    with open(json_file) as file:
+        categories = json.load(file)["categories"]
+    names = next((c["keypoints"] for c in categories if "keypoints" in c), None)
+    metadata = MetadataCatalog.get(name)
+    if names is None or metadata.get("keypoint_names") is not None:
+        return
+    flipped = [(a, a.replace("left", "right")) for a in names if "left" in a]
+    metadata.set(
+        keypoint_names=list(names), keypoint_flip_map=[(a, b) for a, b in flipped if b in names]
+    )
 
 
 @contextmanager

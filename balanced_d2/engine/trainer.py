@@ -18,7 +18,8 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
     def state_dict(self):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}

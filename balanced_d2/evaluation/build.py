@@ -1,5 +1,7 @@
 """The evaluator of a data set, by its ``evaluator_type``."""
 
+from typing import Sequence
+
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -12,16 +14,20 @@ from balanced_d2.compat import mend_lvis
 from balanced_d2.errors import UserError
 
 
-def _lvis(name: str, output_dir: str) -> DatasetEvaluator:
+def _coco(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
+    return COCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
+
+
+def _lvis(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
     mend_lvis()
     return LVISEvaluator(name, output_dir=output_dir)
 
 
-EVALUATORS = {
-    "coco": lambda name, output_dir: COCOEvaluator(name, output_dir=output_dir),
-    "lvis": _lvis,
-    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
-}
+def _pascal_voc(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
+    return PascalVOCDetectionEvaluator(name)
+
+
+EVALUATORS = {"coco": _coco, "lvis": _lvis, "pascal_voc": _pascal_voc}
 
 
 def check_evaluator(dataset_name: str) -> str:
@@ -39,13 +45,17 @@ def check_evaluator(dataset_name: str) -> str:
     return evaluator_type
 
 
-def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
+def build_evaluator(
+    dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
+) -> DatasetEvaluator:
     """Detectron2's evaluator for a data set, by the ``evaluator_type`` of its metadata.
 
     Args:
         output_dir: where the evaluator writes the detections.
+        kpt_oks_sigmas: of keypoints other than COCO's 17, how exactly each can be annotated
+            (``TEST.KEYPOINT_OKS_SIGMAS``).
 
     Raises:
         UserError: see :func:`check_evaluator`.
     """
-    return EVALUATORS[check_evaluator(dataset_name)](dataset_name, output_dir)
+    return EVALUATORS[check_evaluator(dataset_name)](dataset_name, output_dir, kpt_oks_sigmas)

@@ -34,6 +34,7 @@ model = L(GeneralizedRCNN)(
             sizes=[[32], [64], [128], [256], [512]],
             aspect_ratios=[0.5, 1.0, 2.0],
             strides=[4, 8, 16, 32, 64],
+            offset=0.0,
         ),
         anchor_matcher=L(Matcher)(
             thresholds=[0.3, 0.7], labels=[0, -1, 1], allow_low_quality_matches=True

@@ -36,6 +36,7 @@ model = L(BalancedRetinaNet)(
         sizes=[[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)],
         aspect_ratios=[0.5, 1.0, 2.0],
         strides=[8, 16, 32, 64, 128],
+        offset=0.0,
     ),
     box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
     anchor_matcher=L(Matcher)(
