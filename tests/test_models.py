@@ -25,6 +25,7 @@ CONFIGS = sorted(
     for path in (ROOT / "configs").glob("*/*.yaml")
     if path.parent.name != "common"  # parts of others
 )
+MODEL_ZOO = (ROOT / "MODEL_ZOO.md").read_text()
 R_18 = "configs/BCCD/{}faster_rcnn_R_18_FPN.yaml"
 
 
@@ -62,6 +63,9 @@ def test_config_builds(name):
         for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
             balances.append(predictor.box_reg_loss_type == "balanced_l1")
         balances.append(cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER == "iou_balanced")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    schedule = f"{cfg.SOLVER.MAX_ITER:,} × {cfg.SOLVER.IMS_PER_BATCH}"
+    assert f"]({name}) | {schedule} | {num_parameters / 1e6:.1f} M |" in MODEL_ZOO
     file = name.rsplit("/", 1)[1]
     if file.startswith(("balanced_", "libra_")):
         assert all(balances)
