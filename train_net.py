@@ -8,10 +8,10 @@ sets in COCO format.
 import sys
 
 # First, so that importing Detectron2 is quiet.
+from balanced_d2.checkpoint import BalancedCheckpointer
 from balanced_d2.engine import argument_parser, run, setup
 
 # isort: split
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -21,7 +21,7 @@ def main(args):
 
     if args.eval_only:
         model = trainer_class.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        BalancedCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = trainer_class.test(cfg, model)

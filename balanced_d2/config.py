@@ -54,6 +54,10 @@ def add_balanced_config(cfg: CN) -> None:
         # Where outliers begin, in units of the (weighted) box deltas.
         node.BALANCED_L1_BETA = beta
 
+    # Whether training goes on without images that cannot be read, and without how many at most.
+    cfg.DATALOADER.SKIP_BAD_IMAGES = False
+    cfg.DATALOADER.MAX_BAD_IMAGES = 100
+
     # Of BalancedRetinaNet: whether boxes are clipped to the image before non-maximum suppression
     # too, as in MMDetection.
     cfg.MODEL.RETINANET.CLIP_BEFORE_NMS = False

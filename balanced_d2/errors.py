@@ -14,6 +14,21 @@ class UserError(ValueError):
     """
 
 
+class StopTraining(BaseException):
+    """Ends a training for a reason that needs no traceback.
+
+    Not an ``Exception``, since Detectron2's training loop logs a traceback of those.
+
+    Args:
+        message: for the user.
+        exit_code: of the program.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_USER_ERROR):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise :class:`UserError` if ``value`` is none of ``choices``. ``name`` says what it is."""
     if value not in choices:
@@ -24,11 +39,15 @@ def tell_user_errors(main: Callable, *args) -> int:
     """Call ``main(*args)``; print a :class:`UserError` as one line on standard error.
 
     Returns:
-        The exit code for the program: 0, or 2 after an error.
+        The exit code for the program: 0, 2 after an error, or that of a :class:`StopTraining`.
     """
     try:
         main(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except StopTraining as stop:
+        is_error = stop.exit_code == EXIT_USER_ERROR
+        print(f"error: {stop}" if is_error else stop, file=sys.stderr, flush=True)
+        return stop.exit_code
     return 0

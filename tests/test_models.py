@@ -107,6 +107,8 @@ def test_adding_the_config_changes_no_default():
     after = dict(flat(cfg))
     assert before.items() <= after.items()
     assert {key for key in after if key not in before} == {
+        "DATALOADER.SKIP_BAD_IMAGES",
+        "DATALOADER.MAX_BAD_IMAGES",
         "MODEL.BALANCED_FPN.BOTTOM_UP",
         "MODEL.BALANCED_FPN.ENABLED",
         "MODEL.BALANCED_FPN.P7_RELU",

@@ -20,6 +20,7 @@ def trainer():
     model(torch.ones(1)).backward()
     optimizer.step()
     trainer.iter = trainer._trainer.iter = 41
+    trainer.start_iter = 0
     return trainer
 
 
@@ -44,5 +45,5 @@ def test_checkpoint_without_optimizer_state(trainer, caplog):
     trainer.iter = 0
     with caplog.at_level(logging.WARNING, "balanced_d2"):
         trainer.load_state_dict(state)
-    assert trainer.iter == 41
+    assert trainer.iter == 41 and trainer.start_iter == 42
     assert "no optimizer state" in caplog.text

@@ -21,8 +21,13 @@ from balanced_d2.lazy_config import is_lazy, load_lazy_config, trainer_config
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments and ``--register``."""
+    """Detectron2's arguments, ``--register`` and ``--skip-data-check``."""
     parser = default_argument_parser()
+    parser.add_argument(
+        "--skip-data-check",
+        action="store_true",
+        help="do not look for mistakes in the annotations",
+    )
     add_register_argument(parser)
     return parser
 

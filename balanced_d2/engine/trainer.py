@@ -1,36 +1,132 @@
-"""Detectron2's default trainer with evaluators and complete checkpoints."""
+"""Detectron2's default trainer, which evaluates, resumes exactly and says what went wrong."""
 
 import logging
 import os
+import weakref
 
-from detectron2.engine import DefaultTrainer
+import torch
+from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from balanced_d2.checkpoint import BalancedCheckpointer, check_space
+from balanced_d2.compat import ddp_on_any_device
+from balanced_d2.data.loader import TrainLoader
+from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
+from balanced_d2.errors import StopTraining
 from balanced_d2.evaluation.build import build_evaluator
 
 
 class BalancedTrainer(DefaultTrainer):
-    """Trains and evaluates as ``DefaultTrainer``, and resumes with the optimizer's state.
+    """Trains and evaluates as ``DefaultTrainer``; a training that is resumed ends with the weights
+    that it would have had without the interruption, on the CPU bit by bit.
 
-    Detectron2 0.6 writes no optimizer state into its checkpoints, main does; this trainer does on
-    both, in main's format, so that either resumes what the other has saved.
+    The batches and all random numbers follow from the seed and the iteration, see
+    :class:`TrainLoader` and :class:`SeedIterations`. Detectron2 0.6 writes no optimizer state into
+    its checkpoints, main does; this trainer does on both, in main's format, so that either resumes
+    what the other has saved.
+
+    Raises:
+        UserError: if the output folder cannot take a checkpoint.
     """
+
+    def __init__(self, cfg):
+        with ddp_on_any_device(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
+        check_space(cfg.OUTPUT_DIR, _size_of_checkpoint(self._trainer.model))
+
+    def build_hooks(self):
+        # In the place of the one that DefaultTrainer has just made.
+        self.checkpointer = BalancedCheckpointer(
+            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        built = super().build_hooks()
+        # After the schedule and the periodic checkpoint, before the evaluation, which takes long.
+        evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        built.insert(evaluation, StopOnSignal(self.checkpointer))
+        if isinstance(self._trainer.data_loader, TrainLoader):
+            built.insert(0, SeedIterations(self._trainer.data_loader))
+        return built
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return TrainLoader(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         return build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
+    def resume_or_load(self, resume=True):
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+
+    def run_step(self):
+        """
+        Raises:
+            StopTraining: if the loss is not finite.
+        """
+        given = []
+
+        def keep(model, inputs):
+            given.extend(inputs[0])
+
+        handle = self._trainer.model.register_forward_pre_hook(keep)
+        try:
+            super().run_step()
+        except FloatingPointError as error:  # raised before the weights are changed
+            rates = sorted({group["lr"] for group in self._trainer.optimizer.param_groups})
+            raise StopTraining(
+                f"iteration {self.iter}: {' '.join(str(error).split())} "
+                f"Learning rate: {', '.join(f'{rate:g}' for rate in rates)}. "
+                f"Images: {', '.join(sample.get('file_name', '?') for sample in given)}. "
+                "The last checkpoint is the one to resume from. Try a lower SOLVER.BASE_LR, a "
+                "longer warm-up or SOLVER.CLIP_GRADIENTS, and look at the annotations of these "
+                "images"
+            ) from error
+        finally:
+            handle.remove()
+
     def state_dict(self):
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        loader = self._trainer.data_loader
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),
+            # What RetinaNet divides its losses by is a running mean, but no buffer.
+            "normalizers": {
+                name: module.loss_normalizer
+                for name, module in _unwrapped(self.model).named_modules()
+                if hasattr(module, "loss_normalizer")
+            },
+            **({"loader": loader.state_dict()} if isinstance(loader, TrainLoader) else {}),
+        }
 
     def load_state_dict(self, state_dict):
         # Not DefaultTrainer's: on main it insists on the optimizer's state.
         TrainerBase.load_state_dict(self, state_dict)
+        self.start_iter = self.iter + 1  # the checkpoint is of the end of an iteration
+        logger = logging.getLogger(__name__)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
-            logging.getLogger(__name__).warning(
+            logger.warning(
                 "the checkpoint has no optimizer state (Detectron2 0.6's own trainer saves none): "
                 "momentum starts anew"
             )
+        modules = dict(_unwrapped(self.model).named_modules())
+        for name, value in state_dict.get("normalizers", {}).items():
+            modules[name].loss_normalizer = value
+        if "loader" in state_dict and isinstance(self._trainer.data_loader, TrainLoader):
+            self._trainer.data_loader.load_state_dict(state_dict["loader"])
+        else:
+            logger.warning("the checkpoint does not say which images came next: the order is anew")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _size_of_checkpoint(model: nn.Module) -> int:
+    """In bytes: the model, and the momentum of what is trained."""
+    tensors = [*model.state_dict().values(), *(p for p in model.parameters() if p.requires_grad)]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

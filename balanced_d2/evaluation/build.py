@@ -14,8 +14,19 @@ from balanced_d2.compat import mend_lvis
 from balanced_d2.errors import UserError
 
 
+class _COCOEvaluator(COCOEvaluator):
+    """Detectron2's, with an AP of 0 where nothing was detected, which it calls NaN."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if coco_eval is not None:
+            return results
+        self._logger.warning(f"nothing was detected: every AP of {iou_type} is 0")
+        return dict.fromkeys(results, 0.0)
+
+
 def _coco(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
-    return COCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
+    return _COCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
 
 
 def _lvis(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:

@@ -4,12 +4,13 @@ from detectron2.config import LazyCall as L
 from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 
+from balanced_d2.data.loader import TrainLoader
+
 dataloader = {
-    "train": L(build_detection_train_loader)(
+    "train": L(TrainLoader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
         mapper=L(DatasetMapper)(
             is_train=True,
@@ -23,6 +24,7 @@ dataloader = {
         ),
         total_batch_size=16,
         num_workers=4,
+        seed="${train.seed}",
     ),
     "test": L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),

@@ -1,0 +1,73 @@
+"""What happens around each iteration, besides Detectron2's own hooks."""
+
+import signal
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from balanced_d2.errors import StopTraining
+from balanced_d2.randomness import seed_all
+
+# How iterations come by their random numbers; another purpose of the same seed has another number.
+ITERATION_SEEDS = 2
+
+
+class SeedIterations(HookBase):
+    """Seeds all generators before each iteration, by the iteration and the rank of the process.
+
+    So there is no state of a generator to be restored when a training is resumed.
+
+    Args:
+        loader: whose ``seed`` is taken, when the first iteration begins.
+    """
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def before_step(self):
+        seed_all(ITERATION_SEEDS, self.loader.seed, comm.get_rank(), self.trainer.iter)
+
+
+class StopOnSignal(HookBase):
+    """On SIGTERM or Ctrl-C, ends the iteration, saves a checkpoint and stops the training.
+
+    A second signal ends the program as it would have without this.
+
+    Args:
+        checkpointer: saves the checkpoint.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, checkpointer):
+        self.checkpointer = checkpointer
+        self.received = 0
+        self.former = {}
+
+    def before_train(self):
+        self.former = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def _receive(self, number, frame):
+        self.received = number
+        self._restore()
+
+    def after_step(self):
+        # One process may have got the signal when another had not yet: they agree on it.
+        received = max(comm.all_gather(self.received))
+        if not received:
+            return
+        iteration = self.trainer.iter
+        name = f"model_{iteration:07d}"
+        self.checkpointer.save(name, iteration=iteration)
+        raise StopTraining(
+            f"stopped by {signal.Signals(received).name} after iteration {iteration}: saved as "
+            f"{name}.pth in {self.checkpointer.save_dir}; --resume goes on from there",
+            exit_code=128 + received,
+        )
+
+    def after_train(self):
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
