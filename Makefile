@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_CONFIG := configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml
 DEMO_OUTPUT := output/demo
 
-.PHONY: demo test lint benchmark setup clean
+.PHONY: demo test soak lint benchmark setup clean
 
 demo: $(READY)
 	rm -rf $(DEMO_OUTPUT)
@@ -26,7 +26,12 @@ demo: $(READY)
 	@echo "  datasets/balanced_shapes/           the data it was trained on"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The fault and property tests at length: about an hour and a half on two cores.
+soak: $(READY)
+	NUM_KILLS=30 HYPOTHESIS_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 \
+		tests/test_reliability.py tests/test_properties.py
 
 lint: $(READY)
 	$(BIN)/ruff check --line-length 100 --select E,F,W,I,B,UP,SIM,C4 \

@@ -14,6 +14,10 @@ import torch
 
 import balanced_d2  # noqa: F401  # registration
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, with their subprocesses
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

@@ -1,0 +1,441 @@
+"""Interrupted trainings, damaged and hostile checkpoints, several processes."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from torch import nn
+
+from balanced_d2.checkpoint import BalancedCheckpointer, check_space
+from balanced_d2.data.coco import register_coco
+from balanced_d2.data.loader import TrainLoader
+from balanced_d2.errors import StopTraining, UserError
+from balanced_d2.evaluation import build_evaluator
+from balanced_d2.randomness import seed_all, seeded
+from balanced_d2.unpickle import load_inert
+
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, write_coco
+
+NUM_KILLS = int(os.environ.get("NUM_KILLS", "2"))
+
+
+def arguments(json_file, output, *opts, launcher=(sys.executable,)):
+    return [
+        *(*launcher, ROOT / "train_net.py", "--config-file", ROOT / TINY_CONFIG),
+        *("--register", "tiny", json_file, json_file.parent / "images"),
+        *(*TINY_MODEL, "DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "()"),
+        *("OUTPUT_DIR", output, "SEED", "1", "SOLVER.CHECKPOINT_PERIOD", "3"),
+        *("SOLVER.MAX_ITER", "12", "SOLVER.IMS_PER_BATCH", "2", *opts),
+    ]
+
+
+def start(command, **kwargs):
+    command = [str(part) for part in command]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def finish(command, **kwargs):
+    process = start(command, **kwargs)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def weights(output):
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    assert list(a) == list(b)
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_coco, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted") / "output"
+    returncode, text = finish(arguments(tiny_coco, output))
+    assert returncode == 0, text
+    return output
+
+
+def with_resume(command):
+    position = command.index("--config-file")
+    return [*command[:position], "--resume", *command[position:]]
+
+
+@pytest.mark.parametrize("kill", range(NUM_KILLS))
+def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco, tmp_path, kill):
+    """Killed at a random moment, every second time while a checkpoint is being written; resumed
+    with another number of workers, which makes no difference."""
+    chance = random.Random(kill)
+    output = tmp_path / "output"
+    workers = str(chance.randint(0, 2))
+    process = start(arguments(tiny_coco, output, "DATALOADER.NUM_WORKERS", workers))
+    if kill % 2:
+        number = chance.choice(("0000002", "0000005", "0000008", "0000011"))
+        names = (f"model_{number}.pth.partial", f"model_{number}.pth")
+        while not any((output / name).exists() for name in names) and process.poll() is None:
+            time.sleep(0.0002)
+    else:
+        while not (output / "metrics.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 4))
+    process.kill()
+    process.communicate()
+    for checkpoint in output.glob("*.pth"):
+        assert torch.load(checkpoint, weights_only=True)["model"]
+
+    resumed = with_resume(arguments(tiny_coco, output))
+    returncode, text = finish(resumed)
+    assert returncode == 0, text
+    assert_same_weights(weights(output), weights(uninterrupted))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
+    output = tmp_path / "output"
+    # So slow that the signal comes before the end.
+    process = start(arguments(tiny_coco, output, "SOLVER.MAX_ITER", "100000"))
+    while not (output / "model_0000002.pth").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, text
+    assert "Traceback" not in text
+    assert f"stopped by {number.name} after iteration" in text and "--resume goes on" in text
+    iteration = int(text.rsplit("after iteration ", 1)[1].split(":")[0])
+    saved = torch.load(output / f"model_{iteration:07d}.pth", weights_only=True)
+    assert (
+        saved["iteration"] == iteration and saved["trainer"]["loader"]["position"] == iteration + 1
+    )
+    assert (output / "last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
+
+
+def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(uninterrupted, output)
+    content = (output / "model_final.pth").read_bytes()
+    (output / "model_final.pth").write_bytes(content[: len(content) // 2])
+    (output / "model_0000011.pth").write_bytes(b"")
+    (output / "last_checkpoint").write_text("")
+    returncode, text = finish(with_resume(arguments(tiny_coco, output)))
+    assert returncode == 0, text
+    for name in ("model_final.pth", "model_0000011.pth"):
+        assert f"{output / name} cannot be read and is passed over" in text
+    assert "Starting training from iteration 9" in text
+    assert_same_weights(weights(output), weights(uninterrupted))
+
+
+def test_loss_that_is_not_finite(tiny_coco, tmp_path):
+    output = tmp_path / "output"
+    returncode, text = finish(
+        arguments(
+            tiny_coco,
+            output,
+            *("SOLVER.BASE_LR", "1e18", "SOLVER.WARMUP_ITERS", "0"),
+            *("SOLVER.CLIP_GRADIENTS.ENABLED", "False"),
+        )
+    )
+    assert returncode == 2 and "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "error: iteration " in line and ".jpg" in line and "Learning rate: " in line
+    assert not list(output.glob("*.pth"))
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return BalancedCheckpointer(nn.Linear(2, 2), str(tmp_path))
+
+
+def test_a_write_that_fails_leaves_what_was_there(checkpointer, tmp_path, monkeypatch):
+    checkpointer.save("model", iteration=1)
+    before = (tmp_path / "model.pth").read_bytes()
+
+    def fail(data, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(StopTraining, match="model.pth to .*: no space left on the disk; .*stay"):
+        checkpointer.save("model", iteration=2)
+    assert (tmp_path / "model.pth").read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_not_saved(checkpointer, tmp_path):
+    checkpointer.save("good", iteration=1)
+    checkpointer.model.weight.data[0, 0] = float("nan")
+    with pytest.raises(StopTraining, match="bad: 1 of the model's tensors .*weight the first"):
+        checkpointer.save("bad", iteration=2)
+    assert not (tmp_path / "bad.pth").exists()
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "good.pth")
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_latest_iteration(checkpointer, tmp_path):
+    for iteration, name in ((7, "model_final"), (2, "model_0000002"), (5, "model_0000005")):
+        checkpointer.save(name, iteration=iteration)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "pretrained.pth")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
+    assert BalancedCheckpointer(nn.Linear(1, 1), str(tmp_path / "none")).get_checkpoint_file() == ""
+
+
+def test_no_space_and_no_permission(tmp_path):
+    check_space(str(tmp_path / "new" / "folder"), 1)
+    with pytest.raises(UserError, match="takes about .* MiB are free; make room"):
+        check_space(str(tmp_path), 10**18)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to OUTPUT_DIR"):
+        check_space(str(tmp_path / "file" / "folder"), 1)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl", "legacy.pth"])
+def test_no_code_of_a_checkpoint_is_run(suffix, tmp_path):
+    trap, file = tmp_path / "trap", tmp_path / f"weights.{suffix}"
+    content = {"model": {"weight": np.zeros((2, 2), np.float32)}, "__author__": Hostile(trap)}
+    if suffix == "pkl":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=suffix == "pth")
+    with pytest.raises(UserError, match=f"weights.{suffix}"):
+        BalancedCheckpointer(nn.Linear(2, 2)).load(str(file))
+    assert not trap.exists()
+    if suffix != "pkl":
+        assert load_inert(str(file)).keys() == content.keys() and not trap.exists()
+
+
+def test_pickled_arrays_are_read(tmp_path):
+    file, model = tmp_path / "weights.pkl", nn.Linear(2, 3)
+    arrays = {"weight": np.ones((3, 2), np.float32), "bias": np.arange(3, dtype=np.float32)}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        file.write_bytes(pickle.dumps({"model": arrays, "__author__": "test"}, protocol))
+        BalancedCheckpointer(model).load(str(file))
+        assert model.bias.tolist() == [0, 1, 2] and model.weight.sum() == 6
+
+
+# Loading of data
+
+
+def records(num=10):
+    sizes = [(60, 40) if i % 3 else (40, 60) for i in range(num)]
+    return [
+        {"file_name": f"{i}.jpg", "width": w, "height": h, "index": i}
+        for i, (w, h) in enumerate(sizes)
+    ]
+
+
+def augment(record):
+    return {**record, "chance": (random.random(), np.random.rand(), torch.rand(1).item())}
+
+
+def take(loader, number):
+    batches = iter(loader)
+    return [next(batches) for _ in range(number)]
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_follow_from_seed_and_position(grouping, num_workers):
+    def loader(workers, seed=5):
+        return TrainLoader(
+            records(),
+            mapper=augment,
+            total_batch_size=3,
+            num_workers=workers,
+            aspect_ratio_grouping=grouping,
+            seed=seed,
+        )
+
+    expected = take(loader(0), 12)
+    seed_all(99)  # whatever was drawn before
+    assert take(loader(num_workers), 12) == expected
+    assert take(loader(0, seed=6), 12) != expected
+    for position in (1, 7):
+        first = loader(num_workers)
+        take(first, position)
+        resumed = loader(num_workers, seed=77)
+        resumed.load_state_dict(first.state_dict())
+        assert take(resumed, 12 - position) == expected[position:]
+    for batch in expected:
+        if grouping:
+            assert len({sample["width"] > sample["height"] for sample in batch}) == 1
+    flat = [sample for batch in expected for sample in batch]
+    assert len({sample["chance"] for sample in flat}) == len(flat)
+    if not grouping:  # each image once in each round
+        assert sorted(sample["index"] for sample in flat[:10]) == list(range(10))
+
+
+def test_loading_leaves_the_random_state_alone():
+    loader = TrainLoader(records(), mapper=augment, total_batch_size=2, seed=1)
+    seed_all(3)
+    expected = torch.rand(3), np.random.rand(3), random.random()
+    seed_all(3)
+    take(loader, 4)
+    got = torch.rand(3), np.random.rand(3), random.random()
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected))
+    with seeded(1, 2):
+        first = torch.rand(3), np.random.rand(3), random.random()
+    with seeded(1, 3):
+        assert not torch.equal(torch.rand(3), first[0])
+
+
+def unreadable(record):
+    if record["index"] in (2, 5):
+        raise OSError(f"image file is truncated: {record['file_name']}")
+    return record
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_images(num_workers, caplog):
+    def loader(**kwargs):
+        return TrainLoader(
+            records(), mapper=unreadable, total_batch_size=5, num_workers=num_workers, **kwargs
+        )
+
+    with pytest.raises(StopTraining, match="image [25].jpg: image file is truncated.*SKIP_BAD"):
+        take(loader(), 2)
+    batches = take(loader(skip_bad_images=True), 6)
+    assert [len(batch) for batch in batches] == [5] * 6
+    assert {sample["index"] for batch in batches for sample in batch} == {0, 1, 3, 4, 6, 7, 8, 9}
+    assert caplog.text.count("skipped") == 2 and "2 of at most 100" in caplog.text
+    with pytest.raises(StopTraining, match="more than 1 images cannot be read"):
+        take(loader(skip_bad_images=True, max_bad_images=1), 4)
+
+
+def test_a_bad_image_in_a_training(tmp_path):
+    json_file = write_coco(tmp_path / "data")
+    image = json_file.parent / "images" / "3.jpg"
+    image.write_bytes(image.read_bytes()[:200])
+    returncode, text = finish(arguments(json_file, tmp_path / "output"))
+    assert returncode == 2 and "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert str(image) in line and "SKIP_BAD_IMAGES" in line
+    returncode, text = finish(
+        arguments(json_file, tmp_path / "output", "DATALOADER.SKIP_BAD_IMAGES", "True")
+    )
+    assert returncode == 0, text
+    assert text.count("skipped (1 of at most 100)") == 1
+
+
+def test_wrong_batch_size():
+    with pytest.raises(UserError, match="SOLVER.IMS_PER_BATCH"):
+        TrainLoader(records(), mapper=augment, total_batch_size=0)
+
+
+def test_normalizer_of_retinanet_is_part_of_the_checkpoint(tiny_coco, tmp_path):
+    """It is a running mean of Detectron2's that is no buffer."""
+    command = arguments(tiny_coco, tmp_path / "output")
+    command[command.index("--config-file") + 1] = (
+        ROOT / "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml"
+    )
+    retinanet = [
+        *("MODEL.RETINANET.NUM_CLASSES", "2", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", "18"),
+        *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "SOLVER.BASE_LR", "0.0001"),
+        *("SOLVER.MAX_ITER", "6", "SOLVER.STEPS", "()"),
+    ]
+    returncode, text = finish([*command, *retinanet])
+    assert returncode == 0, text
+    expected = weights(tmp_path / "output")
+    for name in ("model_final.pth", "model_0000005.pth"):
+        (tmp_path / "output" / name).unlink()
+    returncode, text = finish([*with_resume(command), *retinanet])
+    assert returncode == 0 and "Starting training from iteration 3" in text, text
+    assert_same_weights(weights(tmp_path / "output"), expected)
+
+
+# Evaluation
+
+
+def test_nothing_detected_is_an_ap_of_zero(tiny_coco, tmp_path, caplog):
+    register_coco("tiny_nothing", str(tiny_coco), str(tiny_coco.parent / "images"))
+    try:
+        DatasetCatalog.get("tiny_nothing")
+        evaluator = build_evaluator("tiny_nothing", str(tmp_path))
+        evaluator.reset()
+        evaluator._predictions = [{"image_id": 1, "instances": []}]
+        results = evaluator.evaluate()
+    finally:
+        DatasetCatalog.remove("tiny_nothing")
+    assert set(results["bbox"].values()) == {0.0}
+
+
+# Several processes
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def losses(output):
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return [line for line in lines if "total_loss" in line]
+
+
+def test_two_processes_train_as_one(tiny_coco, tmp_path):
+    """With everything sampled that there is, the losses do not depend on chance."""
+    all_sampled = [
+        *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4000", "MODEL.RESNETS.NORM", "FrozenBN"),
+        *("SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001"),
+        *("DATASETS.TEST", "('tiny',)", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
+    ]
+    results = []
+    for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
+        output = tmp_path / name
+        command = arguments(tiny_coco, output, *all_sampled, launcher=launcher)
+        returncode, text = finish(command, env=ONE_THREAD)
+        assert returncode == 0, text
+        detections = json.loads((output / "inference/coco_instances_results.json").read_text())
+        results.append((losses(output)[-1], sorted(d["image_id"] for d in detections)))
+    (one, one_images), (two, two_images) = results
+    assert two["total_loss"] == pytest.approx(one["total_loss"], rel=0.03)
+    assert set(one_images) == set(two_images)
+    assert not list((tmp_path / "two").glob("**/*rank1*.pth"))
+
+
+def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
+    """A worker is killed; torchrun starts all anew, and they go on from the last checkpoint."""
+    output = tmp_path / "output"
+    launcher = (*TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.1")
+    command = arguments(tiny_coco, output, "SOLVER.MAX_ITER", "40", launcher=launcher)
+    process = start(command, env=ONE_THREAD)
+    while not (output / "model_0000005.pth").exists() and process.poll() is None:
+        time.sleep(0.01)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    starts = [line for line in text.splitlines() if "Starting training from iteration" in line]
+    assert len(starts) == 2 and int(starts[1].rsplit(" ", 1)[1]) >= 6
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 39
+
+
+def test_wrong_number_of_processes(tiny_coco, tmp_path):
+    command = arguments(tiny_coco, tmp_path, "SOLVER.IMS_PER_BATCH", "3", launcher=TORCHRUN)
+    returncode, text = finish(command, env=ONE_THREAD)
+    assert returncode != 0
+    assert (
+        "SOLVER.IMS_PER_BATCH) is 3; it has to be a multiple of the number of processes, 2" in text
+    )
