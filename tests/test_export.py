@@ -1,5 +1,6 @@
 """Exported models equal the eager one, hold nothing of the machine, and leave the model alone."""
 
+import copy
 import io
 import json
 import zipfile
@@ -9,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
@@ -24,6 +25,7 @@ from .conftest import TINY_CONFIG
 KINDS = ("tracing", "scripting", "onnx")
 # What an exported model may differ by: boxes in pixels, scores.
 TOLERANCE = {"tracing": (1e-3, 1e-5), "scripting": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+MASK_TOLERANCE = {"tracing": 1e-4, "onnx": 1e-2}
 METADATA = {"class_names": ["a", "b", "c"]}
 SIZES = [(64, 96), (97, 211), (33, 190), (224, 160), (150, 149)]
 
@@ -34,10 +36,14 @@ def small_model(*opts, config=TINY_CONFIG):
     model = build_model(load_config(config, opts)).eval()
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
-        if name.endswith(("cls_score.weight", "objectness_logits.weight")):
+        if name == "head.cls_score.weight":  # of RetinaNet
+            torch.nn.init.normal_(parameter, std=0.03)
+        elif name.endswith(("cls_score.weight", "objectness_logits.weight")):
             torch.nn.init.normal_(parameter, std=0.1)
         if name.endswith(("conv_out.weight", "bbox_pred.weight")):
             torch.nn.init.normal_(parameter, std=0.02)
+        if name.endswith(("mask_head.predictor.weight", "keypoint_head.score_lowres.weight")):
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -64,13 +70,29 @@ def exported(model, kind, folder):
 def assert_equal(model, run, image, kind):
     with torch.no_grad():
         expected = model([{"image": image}])[0]["instances"]
-        boxes, classes, scores, image_size = run(image)
+        boxes, classes, scores, *additional, image_size = run(image)
     assert tuple(image_size.tolist()) == tuple(image.shape[-2:]) and image_size.dtype == torch.int64
     assert boxes.shape == (len(expected), 4)
     assert classes.dtype == torch.int64 and torch.equal(classes, expected.pred_classes)
     box_tolerance, score_tolerance = TOLERANCE[kind]
     torch.testing.assert_close(boxes, expected.pred_boxes.tensor, rtol=0, atol=box_tolerance)
     torch.testing.assert_close(scores, expected.scores, rtol=0, atol=score_tolerance)
+    if expected.has("pred_masks"):
+        masks = additional.pop(0)
+        with torch.no_grad():
+            (raw,) = model.inference([{"image": image}], do_postprocess=False)
+        soft = raw.pred_masks[raw.pred_boxes.nonempty(), 0]
+        torch.testing.assert_close(masks, soft, rtol=0, atol=MASK_TOLERANCE[kind])
+        # They are of these boxes: pasted, they give the model's own masks.
+        pasted = ROIMasks(masks).to_bitmasks(Boxes(boxes), *image.shape[-2:]).tensor
+        assert (pasted == expected.pred_masks).float().mean() > 0.999 or len(boxes) == 0
+    if expected.has("pred_keypoints"):
+        keypoints = additional.pop(0)
+        for part, tolerance in ((slice(2), 0.01), (slice(2, 3), 1e-4)):
+            torch.testing.assert_close(
+                keypoints[..., part], expected.pred_keypoints[..., part], rtol=0, atol=tolerance
+            )
+    assert not additional
     return len(expected)
 
 
@@ -103,6 +125,86 @@ def test_equal_for_other_configs(opts, kind, tmp_path):
     run = exported(model, kind, tmp_path)
     for size in SIZES[:3]:
         assert assert_equal(model, run, smooth_image(*size), kind) > 0
+
+
+MASKS = [
+    *("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8"),
+    *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "14", "TEST.DETECTIONS_PER_IMAGE", "15"),
+]
+KEYPOINTS = [
+    *("MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"),
+    *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "4", "TEST.DETECTIONS_PER_IMAGE", "15"),
+]
+CASCADE = [
+    *("MODEL.ROI_HEADS.NAME", "BalancedCascadeROIHeads"),
+    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
+]
+RETINANET = [
+    *("MODEL.META_ARCHITECTURE", "BalancedRetinaNet"),
+    *("MODEL.BACKBONE.NAME", "build_balanced_retinanet_resnet_fpn_backbone"),
+    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.RETINANET.NUM_CONVS", "1"),
+    *("MODEL.RETINANET.PRIOR_PROB", "0.2"),
+    *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", "20"),  # fewer than there are, and more than none
+    *("MODEL.BALANCED_FPN.REFINE_LEVEL", "1"),
+]
+PLAIN_RETINANET = [
+    *(*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet"),
+    *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "smooth_l1"),
+]
+ARCHITECTURES = {
+    "masks": MASKS,
+    "class-agnostic masks": [*MASKS, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
+    "keypoints": KEYPOINTS,
+    "cascade": CASCADE,
+    "cascade with masks": [*CASCADE, *MASKS],
+    "Detectron2's RetinaNet": PLAIN_RETINANET,
+    "RetinaNet": RETINANET,
+    "RetinaNet, clipped": [*RETINANET, "MODEL.RETINANET.CLIP_BEFORE_NMS", "True"],
+    "masks and keypoints": [*MASKS, *KEYPOINTS],
+}
+
+
+def silence(module, model=None):
+    """Let a model detect nothing, or again what the given one does."""
+    parameters = dict(model.named_parameters()) if model else {}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            name = name.removeprefix("model.")
+            if name.endswith("cls_score.bias") and model:
+                parameter.copy_(parameters[name])
+            elif name.endswith("cls_score.bias"):
+                parameter.fill_(-1000)
+                if "roi_heads" in name:
+                    parameter[-1] = 0  # of the background
+    return module
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_traced_architectures(name, tmp_path):
+    model = small_model(*ARCHITECTURES[name])
+    run = exported(model, "tracing", tmp_path)
+    for size in SIZES[1:3]:
+        assert assert_equal(model, run, smooth_image(*size), "tracing") > 5
+    assert assert_equal(silence(model), silence(run), smooth_image(150, 149), "tracing") == 0
+
+
+@pytest.mark.parametrize("name", ["masks and keypoints", "RetinaNet"])
+def test_traced_where_nothing_is_detected(name, tmp_path):
+    model = small_model(*ARCHITECTURES[name])
+    run = exported(silence(copy.deepcopy(model)), "tracing", tmp_path)
+    silence(run, model)
+    for size in SIZES[:2]:
+        assert assert_equal(model, run, smooth_image(*size), "tracing") > 5
+
+
+@pytest.mark.parametrize("name", ["cascade with masks", "RetinaNet"])
+def test_onnx_of_architectures(name, tmp_path):
+    model = small_model(*ARCHITECTURES[name])
+    run = exported(model, "onnx", tmp_path)
+    for size in SIZES[:2]:
+        assert assert_equal(model, run, smooth_image(*size), "onnx") > 5
 
 
 @pytest.mark.parametrize("kind", ["tracing", "onnx"])
@@ -147,9 +249,17 @@ def test_export_leaves_the_model_as_it_is(kind, tmp_path):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["tracing", "scripting"])
-def test_no_device_in_the_file(method, tmp_path):
-    exported(small_model(), method, tmp_path)
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        ("scripting", "plain"),
+        ("tracing", "plain"),
+        ("tracing", "masks and keypoints"),
+        ("tracing", "RetinaNet"),
+    ],
+)
+def test_no_device_in_the_file(method, name, tmp_path):
+    exported(small_model(*ARCHITECTURES.get(name, [])), method, tmp_path)
     with zipfile.ZipFile(tmp_path / method) as archive:
         code = {
             name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")
@@ -193,13 +303,33 @@ def test_class_names_and_preprocessing():
         1333,
     )
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
-    with pytest.raises(UserError, match="has 5 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 4"):
+    with pytest.raises(UserError, match="has 5 classes .*, but MODEL.ROI_HEADS.NUM_CLASSES is 4"):
         export.describe(cfg)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("nowhere",)
     assert export.describe(cfg)["class_names"] == ["0", "1", "2", "3"]
     cfg.INPUT.FORMAT = "YUV-BT.601"
     with pytest.raises(UserError, match="INPUT.FORMAT"):
         export.describe(cfg)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_described_outputs_are_the_models(name):
+    opts = ARCHITECTURES[name]
+    model = small_model(*opts)
+    cfg = load_config(TINY_CONFIG, opts)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
+    assert export.describe(cfg)["outputs"] == export.Deployable(model).outputs
+
+
+def test_description_of_retinanet():
+    opts = [*RETINANET, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.3", "MODEL.MASK_ON", "True"]
+    cfg = load_config("configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml", opts)
+    with pytest.raises(UserError, match="has 5 classes .*, but MODEL.RETINANET.NUM_CLASSES is 3"):
+        export.describe(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 5
+    described = export.describe(cfg)
+    assert len(described["class_names"]) == 5 and described["score_threshold"] == 0.3
+    assert described["outputs"] == ["boxes", "classes", "scores", "image_size"]
 
 
 def traced_nms():
@@ -251,29 +381,23 @@ def test_nms_equals_torchvisions(build):
             assert torch.equal(scores[kept], scores[expected])
 
 
-RETINANET = [
-    *("MODEL.META_ARCHITECTURE", "RetinaNet"),
-    *("MODEL.BACKBONE.NAME", "build_balanced_retinanet_resnet_fpn_backbone"),
-    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
-    *("MODEL.RETINANET.NUM_CLASSES", "3"),
-    *("MODEL.BALANCED_FPN.REFINE_LEVEL", "1"),
-    *("MODEL.FPN.OUT_CHANNELS", "16"),
-]
-
-
 @pytest.mark.parametrize(
-    "opts, message",
+    "opts, methods, message",
     [
-        (RETINANET, "RetinaNet cannot be exported"),
-        (["MODEL.MASK_ON", "True"], "predicts masks"),
-        (["MODEL.KEYPOINT_ON", "True"], "predicts keypoints"),
-        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "given its proposals"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN"], KINDS, "meta-architecture PanopticFPN cannot"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], KINDS, "given its proposals"),
+        (PLAIN_RETINANET, ["scripting"], "RetinaNet cannot be exported by scripting: .*tracing"),
+        (MASKS, ["scripting"], "predicts masks cannot be exported by scripting: .*tracing"),
+        (KEYPOINTS, ["scripting"], "predicts keypoints cannot be exported by scripting"),
+        (KEYPOINTS, ["onnx"], "predicts keypoints cannot be exported to ONNX: .*tracing"),
     ],
 )
-def test_models_that_cannot_be_exported(opts, message):
-    cfg = load_config(TINY_CONFIG, ["MODEL.DEVICE", "cpu", *opts])
-    with pytest.raises(UserError, match=message):
-        export.Deployable(build_model(cfg).eval())
+def test_models_that_cannot_be_exported(opts, methods, message, tmp_path):
+    model = small_model(*opts)
+    for method in methods:
+        with pytest.raises(UserError, match=message):
+            exported(model, method, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_mode_is_refused(tmp_path):
@@ -317,14 +441,15 @@ def test_sample_images(tmp_path):
         export.sample_images(cfg, str(tmp_path / "image.jpg"))
 
 
-def detections(scores, classes, shift=0.0, image_size=(20, 30)):
+def detections(scores, classes, shift=0.0, image_size=(20, 30), **additional):
     boxes = np.array([[10.0 * i + shift, 0, 10 * i + 8, 9] for i in range(len(scores))])
     return Detections(
         boxes.reshape(-1, 4).astype(np.float32),
         np.array(classes),
         np.array(scores, dtype=np.float32),
         image_size,
-        latency=0.1,
+        0.1,
+        additional,
     )
 
 
@@ -332,7 +457,12 @@ def swapped(found, i, j):
     order = np.arange(len(found.boxes))
     order[[i, j]] = order[[j, i]]
     return Detections(
-        found.boxes[order], found.classes[order], found.scores[order], found.image_size, 0.1
+        found.boxes[order],
+        found.classes[order],
+        found.scores[order],
+        found.image_size,
+        0.1,
+        {name: value[order] for name, value in found.additional.items()},
     )
 
 
@@ -359,3 +489,33 @@ def test_comparison(change, agrees):
 
 def test_comparison_of_nothing():
     assert Comparison(detections([], []), detections([], []), (1e-3, 1e-5)).agrees
+
+
+def test_comparison_of_masks_and_keypoints():
+    rng = np.random.default_rng(0)
+    values = {"masks": rng.random((4, 6, 6)), "keypoints": 20 * rng.random((4, 5, 3))}
+    tolerances = export.ADDITIONAL_TOLERANCES["torchscript"]
+
+    def comparison(**changes):
+        scores, classes = [0.9, 0.8, 0.500001, 0.5], [0, 1, 1, 1]
+        eager = detections(scores, classes, **values)
+        exported = detections(scores, classes, **{**values, **changes})
+        return Comparison(eager, swapped(exported, 2, 3), (1e-3, 1e-5), tolerances)
+
+    assert comparison().agrees  # in the order of the boxes
+    assert comparison(masks=values["masks"] + 9e-5).agrees
+    assert not comparison(masks=values["masks"] + 2e-4).agrees
+    assert comparison(keypoints=values["keypoints"] + [0.009, 0.009, 9e-5]).agrees
+    for shift in ([0.011, 0, 0], [0, 0.011, 0], [0, 0, 2e-4]):
+        changed = comparison(keypoints=values["keypoints"] + shift)
+        assert not changed.agrees
+        assert changed.additional_difference["keypoints"] == pytest.approx(shift)
+    assert not comparison(keypoints=values["keypoints"][:, :4]).agrees
+    changed = comparison()
+    del changed.exported.additional["masks"]
+    assert not changed.agrees
+    header = export.table([comparison()])
+    assert "of masks" in header and "of keypoints" in header
+    nothing = detections([], [], masks=np.zeros((0, 6, 6)))
+    assert Comparison(nothing, nothing, (1e-3, 1e-5), tolerances).agrees
+    assert "of masks" not in export.table([Comparison(*2 * [detections([], [])], (1e-3, 1e-5))])

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import zipfile
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ROIMasks
 from PIL import Image
 
 from balanced_d2 import load_config
@@ -20,6 +22,7 @@ from balanced_d2.export import Comparison
 from balanced_d2.export.verify import Detections
 
 from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program, train_net
+from .test_export import KEYPOINTS, MASKS, METADATA, small_model, smooth_image
 
 EXPORTS = {
     "tracing": ("model.ts", []),
@@ -216,6 +219,118 @@ def test_runner_scales_images_and_keeps_what_is_there(exports, bare, tmp_path):
     )
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_exported.py in this process, which saves its start."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run_exported.py", *map(str, arguments)])
+        tool = load_tool("run_exported")
+        assert tool.main(tool.parse_args()) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_masks_and_keypoints(run_here, tmp_path):
+    """Exported, verified and run on an image that is larger than the network's."""
+    from detectron2.engine import DefaultPredictor
+
+    opts = ["MODEL.FPN.OUT_CHANNELS", "32", *MASKS, *KEYPOINTS, "INPUT.MIN_SIZE_TEST", "96"]
+    opts += ["MODEL.RPN.POST_NMS_TOPK_TEST", "30", "TEST.DETECTIONS_PER_IMAGE", "8"]
+    opts += ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), "DATASETS.TEST", "()"]
+    opts += ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"]
+    torch.save({"model": small_model(*opts).state_dict()}, tmp_path / "model.pth")
+    image = smooth_image(150, 221).permute(1, 2, 0).numpy()
+    cv2.imwrite(str(tmp_path / "photo.png"), image)
+    result = run_program(
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path / "out"),
+        *("--sample-image", tmp_path / "photo.png", *opts),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "of masks" in result.stdout and "of keypoints" in result.stdout
+    assert "masks within 0.0001, keypoints within 0.01 px" in result.stdout
+    assert len([line for line in result.stdout.splitlines() if line.endswith(" equal")]) == 3
+
+    (record,) = run_here(
+        *(tmp_path / "out" / "model.ts", tmp_path / "photo.png", "--threshold", "0"),
+        *("--output", tmp_path, "--arrays", tmp_path / "arrays.npz"),
+    )
+    found = record["detections"]
+    with np.load(tmp_path / "arrays.npz") as file:
+        arrays = dict(file)
+    assert list(arrays) == ["boxes", "classes", "scores", "masks", "keypoints", "image_size"]
+    assert arrays["image_size"].tolist() == [96, 141]
+    expected = DefaultPredictor(load_config(TINY_CONFIG, opts))(image)["instances"]
+    assert len(found) == len(arrays["masks"]) == len(expected) == 8
+    np.testing.assert_allclose(
+        [d["keypoints"] for d in found], expected.pred_keypoints.numpy(), rtol=0, atol=0.01
+    )
+    for detection, mask in zip(found, expected.pred_masks.numpy()):
+        filled = np.zeros(mask.shape, np.uint8)
+        for outline in detection["segmentation"]:
+            points = np.reshape(outline, (-1, 1, 2)) - 0.5
+            cv2.fillPoly(filled, [points.astype(np.int32)], 1)
+        contours, _ = cv2.findContours(
+            mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+        )
+        without_holes = cv2.fillPoly(np.zeros(mask.shape, np.uint8), contours, 1)
+        assert (filled != without_holes).mean() < 0.002
+    assert all(d["segmentation"] for d in found)
+    with Image.open(tmp_path / "photo_2.png") as picture:
+        changed = (np.asarray(picture)[:, :, ::-1] != image).any(axis=2)
+    seen = expected.pred_masks.any(dim=0).numpy()
+    assert (changed & seen).sum() > 0.98 * seen.sum()
+    x, y, _ = expected.pred_keypoints[0, 0].int().tolist()
+    assert changed[max(y, 0), max(x, 0)]
+
+
+def test_pasted_masks_are_detectron2s():
+    runner, rng = load_tool("run_exported"), np.random.default_rng(0)
+    corners, sides = rng.uniform(0, 60, (30, 2)), rng.uniform(0.5, 60, (30, 2))
+    boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+    coarse = torch.from_numpy(rng.random((30, 1, 4, 4), dtype=np.float32))
+    masks = torch.nn.functional.interpolate(coarse, (28, 28), mode="bicubic")[:, 0].clamp(0, 1)
+    bitmasks = ROIMasks(masks).to_bitmasks(Boxes(torch.from_numpy(boxes)), 120, 120).tensor
+    different = 0
+    for box, mask, expected in zip(boxes, masks.numpy(), bitmasks.numpy()):
+        whole = np.zeros_like(expected)
+        pasted, (x, y) = runner.paste(mask, box)
+        whole[y : y + pasted.shape[0], x : x + pasted.shape[1]] = pasted
+        different += (whole != expected).sum()
+    assert different < 0.01 * bitmasks.sum()
+
+
+def test_outlines_go_through_the_centres_of_pixels():
+    runner = load_tool("run_exported")
+    mask = np.zeros((28, 28), np.float32)
+    mask[:14] = 1  # the upper half, and one more point
+    mask[20, 20] = 1
+    (outline,) = runner.outlines(mask, np.array([10, 20, 38, 48], np.float32))
+    points = np.reshape(outline, (-1, 2))
+    assert (points.min(axis=0).tolist(), points.max(axis=0).tolist()) == (
+        [10.5, 20.5],
+        [37.5, 33.5],
+    )
+
+
+def test_files_without_names_of_outputs_run(run_here, tmp_path):
+    """As written before there were others than boxes."""
+
+    def detect(image):
+        return image[0, :1, :4], torch.ones(1).long(), torch.full((1,), 0.75), torch.zeros(2)
+
+    traced = torch.jit.trace(detect, torch.zeros(3, 20, 30))
+    metadata = {**METADATA, "input_format": "RGB", "min_size": 0, "max_size": 0}
+    files = {"balanced_d2.json": json.dumps(metadata)}
+    torch.jit.save(traced, str(tmp_path / "model.ts"), _extra_files=files)
+    np.save(tmp_path / "image.npy", np.arange(1800).reshape(3, 20, 30))
+    (record,) = run_here(tmp_path / "model.ts", tmp_path / "image.npy")
+    assert record["detections"] == [
+        {"bbox": [0.0, 1.0, 2.0, 3.0], "class": "b", "class_id": 1, "score": 0.75}
+    ]
+
+
 def test_threshold(exports, demo):
     image = next((demo / "datasets" / "balanced_shapes" / "val").iterdir())
     counts = []
@@ -300,6 +415,11 @@ def weights(tmp_path_factory):
             ["MODEL.WEIGHTS", "{weights}/model.pth"],
             ["--method scripting"],
         ),
+        "keypoints for ONNX": (
+            ["--format", "onnx"],
+            ["MODEL.WEIGHTS", "{weights}/model.pth", *KEYPOINTS],
+            ["predicts keypoints cannot be exported to ONNX", "by tracing"],
+        ),
         "sample image": (
             ["--sample-image", "{weights}/none.jpg"],
             ["MODEL.WEIGHTS", "{weights}/model.pth"],
@@ -346,6 +466,14 @@ def test_export_ends_with_one_line_and_an_exit_code(weights, tmp_path):
         "output is a file": (
             ["{model}", "{image}", "--output", "{bad}/text.jpg"],
             ["cannot write to", "text.jpg"],
+        ),
+        "arrays of two images": (
+            ["{model}", "{image}", "{image}", "--arrays", "{bad}/arrays.npz"],
+            ["--arrays is for a single image"],
+        ),
+        "arrays below a file": (
+            ["{model}", "{image}", "--arrays", "{bad}/text.jpg/arrays.npz"],
+            ["cannot write", "arrays.npz"],
         ),
         "device for ONNX": (["{onnx}", "{image}", "--device", "cuda"], ["--device"]),
     }.values(),

@@ -35,10 +35,10 @@ def main(args: argparse.Namespace) -> None:
     check_weights(cfg)
     path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
     export.check_writable(path)
-    example, *images = export.sample_images(cfg, args.sample_image)
     metadata = export.describe(cfg)
+    example, *images = export.sample_images(cfg, args.sample_image)
     model = build_model(cfg).eval()
-    export.check_exportable(model)
+    export.check_exportable(model, "onnx" if args.format == "onnx" else args.method)
     load_weights(model, cfg.MODEL.WEIGHTS)
 
     if args.format == "onnx":
@@ -64,7 +64,14 @@ def verify(model, path, images, format):
     if not any(len(comparison.eager.boxes) for comparison in comparisons):
         print("note: nothing was detected, so little was compared; choose another --sample-image")
     boxes, scores = export.TOLERANCES[format]
-    print(f"equal: boxes within {boxes:g} px, scores within {scores:g}, classes in the same order")
+    parts = [f"boxes within {boxes:g} px", f"scores within {scores:g}"]
+    for name in comparisons[0].eager.additional:
+        tolerance = export.ADDITIONAL_TOLERANCES[format][name]
+        if name == "masks":
+            parts.append(f"masks within {tolerance[0]:g}")
+        else:
+            parts.append(f"keypoints within {tolerance[0]:g} px and scores of {tolerance[-1]:g}")
+    print(f"equal: {', '.join(parts)}, classes in the same order")
 
 
 def parse_args() -> argparse.Namespace:

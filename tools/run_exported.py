@@ -2,15 +2,16 @@
 """Run a detector that export_model.py has written, on images.
 
 Needs no Detectron2 and nothing of this project but this file: torch and torchvision for a
-TorchScript file, onnxruntime for an ONNX file, NumPy and Pillow for both. For each image, one line
-of JSON goes to standard output:
+TorchScript file, onnxruntime for an ONNX file, NumPy and Pillow for both, and OpenCV for a model
+that predicts masks. For each image, one line of JSON goes to standard output:
 
     {"image": FILE, "height": H, "width": W, "seconds": LATENCY, "detections":
         [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
 
-with boxes in pixels of the image, best score first. An image that cannot be read is reported, the
-others are done all the same. An IMAGE.npy holds an array (3, height, width) that is given to
-the model as it is.
+with boxes in pixels of the image, best score first. Where the model predicts them, a detection has
+"segmentation", the outlines [x1, y1, x2, y2, ...] of its mask, and "keypoints", [x, y, score] each.
+An image that cannot be read is reported, the others are done all the same. An IMAGE.npy holds an
+array (3, height, width) that is given to the model as it is.
 """
 
 import argparse
@@ -28,6 +29,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 METADATA = "balanced_d2.json"
+# Of files written before they named their outputs.
+OUTPUTS = ["boxes", "classes", "scores", "image_size"]
+PACKAGES = {"cv2": "opencv-python-headless"}  # where the package is not named like the module
+# How much of a mask's colour is seen, of 255, and from which probability on a pixel is in the mask.
+MASK_ALPHA = 110
+MASK_THRESHOLD = 0.5
 
 
 class UserError(Exception):
@@ -47,23 +54,32 @@ class ExportedDetector:
         load = load_torchscript if zipfile.is_zipfile(path) else load_onnx
         try:
             self._run, metadata = load(path, device)
+            if not metadata:
+                raise UserError(f"{path} was not written by export_model.py: it has no {METADATA}")
+            self.metadata = json.loads(metadata)
+            if "masks" in self.outputs:
+                import cv2  # noqa: F401  # missing, it is told now
         except UserError:
             raise
         except ImportError as error:
-            raise UserError(
-                f"{path} needs the package {error.name}: pip install {error.name}"
-            ) from None
+            package = PACKAGES.get(error.name, error.name)
+            raise UserError(f"{path} needs the package {package}: pip install {package}") from None
         except Exception as error:  # whatever a loader stumbles over in a file that is none
             raise UserError(
                 f"{path} is not a model that can be loaded: {one_line(error)}"
             ) from None
-        if not metadata:
-            raise UserError(f"{path} was not written by export_model.py: it has no {METADATA}")
-        self.metadata = json.loads(metadata)
 
-    def __call__(self, array: np.ndarray):
-        """Array (3, height, width) to boxes (N, 4), classes (N,), scores (N,)."""
-        return self._run(np.ascontiguousarray(array, dtype=np.float32))
+    @property
+    def outputs(self) -> list:
+        """The names of the model's outputs, in order."""
+        return self.metadata.get("outputs", OUTPUTS)
+
+    def __call__(self, array: np.ndarray) -> dict:
+        """Array (3, height, width) to boxes (N, 4), classes (N,), scores (N,), image_size (2,) and,
+        if the model predicts them, masks (N, M, M) of probabilities in the box and keypoints
+        (N, K, 3): x, y, score."""
+        values = self._run(np.ascontiguousarray(array, dtype=np.float32))
+        return dict(zip(self.outputs, values))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """An RGB image as the array that the network takes, scaled as in training."""
@@ -94,8 +110,8 @@ def load_torchscript(path: str, device: str):
 
     def run(array):
         with torch.no_grad():
-            boxes, classes, scores, _ = model(torch.from_numpy(array).to(device))
-        return boxes.cpu().numpy(), classes.cpu().numpy(), scores.cpu().numpy()
+            outputs = model(torch.from_numpy(array).to(device))
+        return [output.cpu().numpy() for output in outputs]
 
     return run, files[METADATA]
 
@@ -108,20 +124,27 @@ def load_onnx(path: str, device: str):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(array):
-        return session.run(["boxes", "classes", "scores"], {"image": array})
+        return session.run(None, {"image": array})
 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA)
 
 
 def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # PyTorch's, of what the model was written with
+    if args.arrays and len(args.images) > 1:
+        raise UserError("--arrays is for a single image")
     detector = ExportedDetector(args.model, args.device)
     failed = 0
     with Output(args.output) as output:
         for path in args.images:
             try:
                 image, array = read(path, detector)
-                record = detect(detector, path, image, array, args.threshold, args.repeat)
+                outputs, seconds = run(detector, array, args.repeat)
+                if args.arrays:
+                    save_arrays(args.arrays, outputs)
+                outputs, size = in_pixels_of(image, array, outputs)
+                detections = describe(outputs, detector.metadata["class_names"], args.threshold)
+                record = {"image": path, **size, "seconds": seconds, "detections": detections}
                 output.write(record, image)
             except UserError as error:
                 tell(error)
@@ -144,44 +167,95 @@ def read(path: str, detector: ExportedDetector):
         raise UserError(f"cannot read image {path}: {one_line(error)}") from None
 
 
-def detect(detector, path: str, image, array, threshold: float, repeat: int) -> dict:
+def run(detector, array: np.ndarray, repeat: int):
+    """The outputs for an array, and the median of the seconds that it took."""
     if repeat:
         for _ in range(3):  # TorchScript optimises itself in its first runs
             detector(array)
     seconds = []
     for _ in range(max(1, repeat)):
         start = time.perf_counter()
-        boxes, classes, scores = detector(array)
+        outputs = detector(array)
         seconds.append(time.perf_counter() - start)
+    return outputs, statistics.median(seconds)
+
+
+def save_arrays(path: str, outputs: dict) -> None:
+    try:
+        with open(path, "wb") as file:
+            np.savez(file, **outputs)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def in_pixels_of(image, array: np.ndarray, outputs: dict):
+    """The outputs in pixels of the image, or of the array if that is None, and its size."""
+    outputs = {name: value for name, value in outputs.items() if name != "image_size"}
     height, width = array.shape[1:]
     if image is not None:
-        boxes, kept = to_size(boxes, (width, height), image.size)
-        boxes, classes, scores = boxes[kept], classes[kept], scores[kept]
+        outputs = to_size(outputs, (width, height), image.size)
         width, height = image.size
-    names = detector.metadata["class_names"]
-    return {
-        "image": path,
-        "height": height,
-        "width": width,
-        "seconds": statistics.median(seconds),
-        "detections": [
-            {
-                "bbox": box.tolist(),
-                "class": names[label],
-                "class_id": int(label),
-                "score": float(score),
-            }
-            for box, label, score in zip(boxes, classes, scores)
-            if score >= threshold
-        ],
-    }
+    return outputs, {"height": height, "width": width}
 
 
-def to_size(boxes: np.ndarray, network_size: tuple, size: tuple):
-    """Boxes in pixels of the image, and which of them are not empty."""
+def to_size(outputs: dict, network_size: tuple, size: tuple) -> dict:
+    """The outputs with boxes and keypoints scaled, without those whose box is empty."""
     scale = np.divide(size, network_size)
-    boxes = (boxes * np.tile(scale, 2)).astype(np.float32).clip(0, np.tile(size, 2))
-    return boxes, (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    boxes = (outputs["boxes"] * np.tile(scale, 2)).astype(np.float32).clip(0, np.tile(size, 2))
+    scaled = {**outputs, "boxes": boxes}
+    if "keypoints" in outputs:
+        scaled["keypoints"] = (outputs["keypoints"] * [*scale, 1]).astype(np.float32)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return {name: value[kept] for name, value in scaled.items()}
+
+
+def describe(outputs: dict, class_names: list, threshold: float) -> list:
+    """Each detection that reaches the threshold, for JSON."""
+    detections = []
+    for i in np.flatnonzero(outputs["scores"] >= threshold):
+        box, label = outputs["boxes"][i], int(outputs["classes"][i])
+        detection = {
+            "bbox": box.tolist(),
+            "class": class_names[label],
+            "class_id": label,
+            "score": float(outputs["scores"][i]),
+        }
+        if "masks" in outputs:
+            detection["segmentation"] = outlines(outputs["masks"][i], box)
+        if "keypoints" in outputs:
+            detection["keypoints"] = outputs["keypoints"][i].tolist()
+        detections.append(detection)
+    return detections
+
+
+def paste(mask: np.ndarray, box: np.ndarray):
+    """A mask of probabilities (M, M) in a box as a bool array, and the pixel where that begins."""
+    import cv2
+
+    start, end = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
+    scale = np.divide(mask.shape[::-1], box[2:] - box[:2])
+    # From the centre of a pixel of the image to the point of the mask, whose first centre is at 0.
+    offset = (start + 0.5 - box[:2]) * scale - 0.5
+    matrix = np.column_stack([np.diag(scale), offset])
+    pasted = cv2.warpAffine(
+        np.ascontiguousarray(mask, dtype=np.float32),
+        matrix,
+        tuple(int(length) for length in end - start),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+    )
+    return pasted >= MASK_THRESHOLD, start
+
+
+def outlines(mask: np.ndarray, box: np.ndarray) -> list:
+    """The outer contours of a mask in the image, each as [x1, y1, x2, y2, ...]."""
+    import cv2
+
+    pasted, start = paste(mask, box)
+    pasted = pasted.astype(np.uint8)
+    contours, _ = cv2.findContours(pasted, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    # They go through the centres of pixels. Fewer than three points are no polygon.
+    points = (contour.reshape(-1, 2) + start + 0.5 for contour in contours if len(contour) > 2)
+    return [polygon.ravel().tolist() for polygon in points]
 
 
 class Output:
@@ -232,8 +306,8 @@ class Output:
 
 
 def draw(image: Image.Image, detections: list) -> Image.Image:
-    """The image with a box and a label for each detection, the best ones on top."""
-    image = image.copy()
+    """The image with mask, box, label and keypoints of each detection, the best ones on top."""
+    image = draw_masks(image, detections)
     canvas = ImageDraw.Draw(image)
     line = max(1, round(min(image.size) / 300))
     font = ImageFont.load_default(size=max(10, min(image.size) / 40))
@@ -248,7 +322,18 @@ def draw(image: Image.Image, detections: list) -> Image.Image:
         x = max(0, min(x1, image.width - right - 4))
         canvas.rectangle((x, y, x + right + 4, y + height), fill=color)
         canvas.text((x + 2, y), text, fill="black", font=font)
+        for x, y, _ in detection.get("keypoints", []):
+            canvas.ellipse((x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line), fill=color)
     return image
+
+
+def draw_masks(image: Image.Image, detections: list) -> Image.Image:
+    overlay = Image.new("RGBA", image.size)
+    canvas = ImageDraw.Draw(overlay)
+    for detection in reversed(detections):
+        for polygon in detection.get("segmentation", []):
+            canvas.polygon(polygon, fill=(*class_color(detection["class_id"]), MASK_ALPHA))
+    return Image.alpha_composite(image.convert("RGBA"), overlay).convert("RGB")
 
 
 def class_color(number: int) -> tuple:
@@ -288,6 +373,9 @@ def parse_args() -> argparse.Namespace:
         default=0,
         metavar="N",
         help="measure: after a warm-up, run each image N times; `seconds` is the median",
+    )
+    parser.add_argument(
+        "--arrays", metavar="FILE.npz", help="also save the model's outputs for a single image"
     )
     parser.add_argument("--device", default="cpu", help="for a TorchScript file, such as cuda")
     return parser.parse_args()

@@ -6,9 +6,10 @@ from balanced_d2.export.metadata import describe
 from balanced_d2.export.onnx import export_onnx
 from balanced_d2.export.sample import sample_images
 from balanced_d2.export.torchscript import METHODS, export_torchscript, script, trace
-from balanced_d2.export.verify import TOLERANCES, Comparison, table, verify
+from balanced_d2.export.verify import ADDITIONAL_TOLERANCES, TOLERANCES, Comparison, table, verify
 
 __all__ = [
+    "ADDITIONAL_TOLERANCES",
     "METHODS",
     "TOLERANCES",
     "Comparison",

@@ -1,13 +1,24 @@
 """What is exported: a detector as a function of one image to plain tensors."""
 
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 from detectron2.layers import shapes_to_tensor
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.structures import Instances
 from torch import nn
 
 from balanced_d2.errors import UserError
+
+# What a model is or predicts, the ways of exporting that are refused for it, and why.
+_REFUSED = {
+    "RetinaNet": {"scripting": "TorchScript cannot compile how it decodes its boxes"},
+    "masks": {"scripting": "a scripted model gives boxes only"},
+    "keypoints": {
+        "scripting": "a scripted model gives boxes only",
+        "onnx": "they are searched for in a loop that PyTorch cannot write as ONNX",
+    },
+}
 
 
 # A script, so that a trace holds no device and no dtype of the example.
@@ -20,16 +31,21 @@ class Deployable(nn.Module):
     """A detector that takes one image and returns tensors, as TorchScript and ONNX need it.
 
     Args:
-        model: a ``GeneralizedRCNN`` in evaluation mode that detects boxes. It is not copied.
+        model: a ``GeneralizedRCNN`` or ``RetinaNet`` in evaluation mode. It is not copied.
+        method: as for :func:`check_exportable`.
+
+    Attributes:
+        outputs: the names of what it returns.
 
     Raises:
         UserError: if the model is in training mode or of a kind that cannot be exported.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, method: str = "tracing"):
         super().__init__()
-        check_exportable(model)
+        check_exportable(model, method)
         self.model = model
+        self.outputs = output_names(**_branches(model))
         self.eval()
 
     def forward(
@@ -45,36 +61,92 @@ class Deployable(nn.Module):
             boxes of shape (N, 4), x1, y1, x2, y2 in pixels of ``image``; classes of shape (N,),
             int64; scores of shape (N,), in [0, 1]; and (H, W), int64. They are what the model
             itself returns for ``[{"image": image}]``.
+
+            Before the image size come, if the model predicts them: masks of shape (N, M, M), the
+            probability that a point of the box is of the object, not pasted into the image yet;
+            and keypoints of shape (N, K, 3), x and y in pixels of ``image`` and a score above 0.
         """
         image = _like(image, self.model.pixel_mean)
-        detections = self.model.inference([{"image": image}], do_postprocess=False)[0]
+        if torch.jit.is_scripting():
+            detections = self.model.inference([{"image": image}], do_postprocess=False)[0]
+        else:
+            detections = self._detect(image)
         # Detectron2's postprocessing, to the size of the input, comes down to this.
         kept = detections.pred_boxes.nonempty()
-        return (
-            detections.pred_boxes.tensor[kept],
-            detections.pred_classes[kept],
-            detections.scores[kept],
-            shapes_to_tensor(image.shape[-2:]),
-        )
+        boxes = detections.pred_boxes.tensor[kept]
+        classes = detections.pred_classes[kept]
+        scores = detections.scores[kept]
+        image_size = shapes_to_tensor(image.shape[-2:])
+        if torch.jit.is_scripting():
+            return boxes, classes, scores, image_size
+        else:  # TorchScript does not compile this branch, where the number of tensors is not known
+            return (boxes, classes, scores, *_additional(detections, kept), image_size)
+
+    def _detect(self, image: torch.Tensor) -> Instances:
+        inputs = [{"image": image}]
+        if isinstance(self.model, RetinaNet):  # which clips its boxes in its postprocessing
+            return self.model(inputs)[0]["instances"]
+        return self.model.inference(inputs, do_postprocess=False)[0]
 
 
-def check_exportable(model: nn.Module) -> None:
-    """Raise :class:`UserError` if a model is of a kind, or in a mode, that cannot be exported."""
-    if getattr(type(model), "inference", None) is not GeneralizedRCNN.inference:
-        raise UserError(
-            f"the meta-architecture {type(model).__name__} cannot be exported; "
-            "supported is GeneralizedRCNN (MODEL.META_ARCHITECTURE)"
-        )
+def output_names(masks: bool = False, keypoints: bool = False) -> List[str]:
+    """The names of what an exported model returns, in order.
+
+    Args:
+        masks, keypoints: whether it predicts them.
+    """
+    additional = masks * ["masks"] + keypoints * ["keypoints"]
+    return ["boxes", "classes", "scores", *additional, "image_size"]
+
+
+def _additional(detections: Instances, kept: torch.Tensor) -> List[torch.Tensor]:
+    outputs = []
+    if detections.has("pred_masks"):
+        outputs.append(detections.pred_masks[kept, 0])
+    if detections.has("pred_keypoints"):
+        outputs.append(detections.pred_keypoints[kept])
+    return outputs
+
+
+def _branches(model: nn.Module) -> dict:
+    heads = getattr(model, "roi_heads", None)
+    return {
+        "masks": getattr(heads, "mask_on", False),
+        "keypoints": getattr(heads, "keypoint_on", False),
+    }
+
+
+def check_exportable(model: nn.Module, method: str = "tracing") -> None:
+    """Raise :class:`UserError` if a model is of a kind, or in a mode, that cannot be exported.
+
+    Args:
+        method: ``"tracing"`` or ``"scripting"``, both to TorchScript, or ``"onnx"``.
+    """
+    is_retinanet = isinstance(model, RetinaNet)
+    if not is_retinanet and (
+        getattr(type(model), "inference", None) is not GeneralizedRCNN.inference
+    ):
+        raise cannot_be_exported(type(model).__name__)
     if any(module.training for module in model.modules()):
         raise UserError("the model is in training mode; call model.eval() before exporting it")
-    if model.proposal_generator is None:
+    if not is_retinanet and model.proposal_generator is None:
         raise UserError(
             "a model that is given its proposals cannot be exported "
             "(MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals)"
         )
-    for branch in ("mask", "keypoint"):
-        if getattr(model.roi_heads, f"{branch}_on", False):
+    for kind, applies in {"RetinaNet": is_retinanet, **_branches(model)}.items():
+        if applies and method in _REFUSED[kind]:
+            way = {"onnx": "to ONNX", "scripting": "by scripting"}[method]
+            what = kind if is_retinanet else f"a model that predicts {kind}"
             raise UserError(
-                f"a model that predicts {branch}s cannot be exported yet; only boxes are "
-                f"supported (MODEL.{branch.upper()}_ON)"
+                f"{what} cannot be exported {way}: {_REFUSED[kind][method]}; export it to "
+                "TorchScript by tracing (--format torchscript --method tracing)"
             )
+
+
+def cannot_be_exported(meta_architecture: str) -> UserError:
+    """The error to raise for a meta-architecture that is not supported."""
+    return UserError(
+        f"the meta-architecture {meta_architecture} cannot be exported; supported are "
+        "GeneralizedRCNN, RetinaNet and BalancedRetinaNet (MODEL.META_ARCHITECTURE)"
+    )

@@ -8,7 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from balanced_d2.data.check import check_classes, num_classes_key
 from balanced_d2.errors import UserError
+from balanced_d2.export.deployable import cannot_be_exported, output_names
 
 # The name of the JSON inside a TorchScript file, and the key of the JSON in an ONNX file.
 METADATA_FILE = "balanced_d2.json"
@@ -17,46 +19,48 @@ INPUT_FORMATS = ("BGR", "RGB")
 
 
 def describe(cfg: CfgNode) -> dict:
-    """The preprocessing and the class names of a config's model.
+    """The preprocessing, the class names and the outputs of a config's model.
 
     Returns:
-        A dict for JSON: ``class_names``; ``input_format``, ``"BGR"`` or ``"RGB"``; ``min_size`` and
-        ``max_size``, the lengths in pixels to which the shorter side of an image is scaled (0: not
-        at all) and which the longer side may have; ``score_threshold``, below which there are no
-        detections; ``versions`` of what exported it.
+        A dict for JSON: ``outputs``, their names in order; ``class_names``; ``input_format``,
+        ``"BGR"`` or ``"RGB"``; ``min_size`` and ``max_size``, the lengths in pixels to which the
+        shorter side of an image is scaled (0: not at all) and which the longer side may have;
+        ``score_threshold``, below which there are no detections; ``versions`` of what exported it.
 
     Raises:
-        UserError: if an exported model cannot have this ``INPUT.FORMAT``, or the number of classes
-            is not the data set's.
+        UserError: if an exported model cannot have this ``INPUT.FORMAT`` or
+            ``MODEL.META_ARCHITECTURE``, or the number of classes is not the data set's.
     """
+    key, num_classes = num_classes_key(cfg)
+    if num_classes is None:
+        raise cannot_be_exported(cfg.MODEL.META_ARCHITECTURE)
+    has_roi_heads = key.startswith("MODEL.ROI_HEADS.")
+    part = cfg.MODEL.ROI_HEADS if has_roi_heads else cfg.MODEL.RETINANET
     if cfg.INPUT.FORMAT not in INPUT_FORMATS:
         raise UserError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; a model can be exported with "
             f"{' or '.join(INPUT_FORMATS)}"
         )
     return {
-        "class_names": _class_names(cfg),
+        "outputs": output_names(
+            masks=has_roi_heads and cfg.MODEL.MASK_ON,
+            keypoints=has_roi_heads and cfg.MODEL.KEYPOINT_ON,
+        ),
+        "class_names": _class_names(cfg, num_classes),
         "input_format": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
-        "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+        "score_threshold": part.SCORE_THRESH_TEST,
         "versions": {"torch": torch.__version__, "detectron2": detectron2.__version__},
     }
 
 
-def _class_names(cfg: CfgNode) -> List[str]:
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+def _class_names(cfg: CfgNode, num_classes: int) -> List[str]:
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         names = _names_of(dataset)
-        if names is None:
-            continue
-        if len(names) != num_classes:
-            raise UserError(
-                f"data set {dataset!r} has {len(names)} classes, but MODEL.ROI_HEADS.NUM_CLASSES "
-                f"is {num_classes}; name the data set that the model was trained on "
-                "(DATASETS.TEST)"
-            )
-        return list(names)
+        if names is not None:
+            check_classes(dataset, cfg)
+            return list(names)
     logging.getLogger(__name__).warning(
         "the class names are not known, since no data set of DATASETS.TEST and DATASETS.TRAIN is "
         "at hand: numbers are stored in their place (--register makes a data set known)"

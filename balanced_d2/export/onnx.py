@@ -19,8 +19,8 @@ OPSET = 17
 def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
     """Write a detector as an ONNX file.
 
-    Its input is ``image``, float32 of shape (C, height, width); its outputs are ``boxes``,
-    ``classes``, ``scores`` and ``image_size`` as of :meth:`Deployable.forward`.
+    Its input is ``image``, float32 of shape (C, height, width); its outputs are those of
+    :meth:`Deployable.forward`, under the names :attr:`Deployable.outputs`.
 
     Args:
         model: as for :class:`Deployable`. It stays as it is.
@@ -39,7 +39,7 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
             "exporting to ONNX needs the packages onnx and onnxruntime: "
             "pip install onnx onnxruntime"
         ) from error
-    deployable = Deployable(model)
+    deployable = Deployable(model, "onnx")
     with replacing(path) as temporary:
         with traceable(onnx_batched_nms):
             torch.onnx.export(
@@ -49,12 +49,10 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
                 dynamo=False,  # the exporter built on torch.export fails on the proposals
                 opset_version=OPSET,
                 input_names=["image"],
-                output_names=["boxes", "classes", "scores", "image_size"],
+                output_names=deployable.outputs,
                 dynamic_axes={
                     "image": {1: "height", 2: "width"},
-                    "boxes": {0: "detections"},
-                    "classes": {0: "detections"},
-                    "scores": {0: "detections"},
+                    **{name: {0: "detections"} for name in deployable.outputs[:-1]},
                 },
             )
         exported = onnx.load(temporary)

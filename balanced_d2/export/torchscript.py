@@ -75,7 +75,7 @@ def script(model: nn.Module) -> torch.jit.ScriptModule:
         UserError: if TorchScript cannot compile the model.
     """
     # Scripting takes its module apart, so it is given a copy.
-    deployable = copy.deepcopy(Deployable(model))
+    deployable = copy.deepcopy(Deployable(model, "scripting"))
     try:
         with no_export_warnings():
             return scripting_with_instances(deployable, _FIELDS)

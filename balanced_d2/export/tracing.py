@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling.meta_arch import dense_detector
 from torchvision.ops import boxes as box_ops
 
 from balanced_d2.compat import no_export_warnings, no_gradient_scaling
@@ -23,6 +24,16 @@ def traceable(batched_nms: Callable):
         no_gradient_scaling(),
         patch_builtin_len(),
         mock.patch.object(box_ops, "batched_nms", batched_nms),
+        mock.patch.object(dense_detector, "min", _at_most, create=True),
         torch.no_grad(),
     ):
         yield
+
+
+def _at_most(limit: int, length: torch.Tensor) -> torch.Tensor:
+    """``min`` of a constant and a traced length.
+
+    Detectron2 0.6 limits the candidates of RetinaNet with Python's ``min``, which would leave in
+    the trace whichever of the two was smaller for the example.
+    """
+    return length.clamp(max=limit)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from typing import List, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,10 +17,19 @@ from torch import nn
 from tqdm import tqdm
 
 from balanced_d2.compat import no_export_warnings
+from balanced_d2.export.deployable import Deployable
 
 # Largest differences (box in pixels, score) that an exported model may have. ONNX Runtime computes
 # with kernels of its own, TorchScript with the same ones.
 TOLERANCES = {"torchscript": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+# The same for outputs that only some models have: a mask is a probability, a keypoint is x, y in
+# pixels and a score. Keypoints are not exported to ONNX.
+ADDITIONAL_TOLERANCES = {
+    "torchscript": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
+    "onnx": {"masks": (1e-2,)},
+}
+
+_ADDITIONAL_HEADERS = {"masks": "of masks", "keypoints": "of keypoints (px, px, score)"}
 
 # The median latency is of so many runs, or fewer that fill so many seconds.
 MAX_RUNS = 10
@@ -29,13 +38,15 @@ MAX_SECONDS = 3.0
 
 @dataclass
 class Detections:
-    """Of one image: boxes (N, 4), classes (N,), scores (N,), image size and latency in seconds."""
+    """Of one image: boxes (N, 4), classes (N,), scores (N,), image size, latency in seconds, and
+    what only some models predict: masks (N, M, M), keypoints (N, K, 3)."""
 
     boxes: np.ndarray
     classes: np.ndarray
     scores: np.ndarray
     image_size: Tuple[int, int]
     latency: float
+    additional: Dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,23 +56,51 @@ class Comparison:
     eager: Detections
     exported: Detections
     tolerance: Tuple[float, float]
+    additional_tolerance: Dict[str, Tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def difference(self) -> Tuple[float, float]:
         """The largest differences of boxes, in pixels, and of scores; infinite if not the same
         classes are detected in the same order."""
-        order = _matching_order(self.eager, self.exported, self.tolerance[1])
-        if self.eager.image_size != self.exported.image_size or order is None:
+        order = self._order()
+        if order is None:
             return np.inf, np.inf
-        if len(order) == 0:
-            return 0.0, 0.0
-        boxes = np.abs(self.eager.boxes - self.exported.boxes[order]).max()
-        scores = np.abs(self.eager.scores - self.exported.scores[order]).max()
-        return float(boxes), float(scores)
+        boxes = _largest(self.eager.boxes - self.exported.boxes[order])
+        scores = _largest(self.eager.scores - self.exported.scores[order])
+        return boxes, scores
+
+    @property
+    def additional_difference(self) -> Dict[str, Tuple[float, ...]]:
+        """By output, the largest differences in the parts that have a tolerance of their own."""
+        order, differences = self._order(), {}
+        for name, eager in self.eager.additional.items():
+            exported = self.exported.additional.get(name)
+            parts = len(self.additional_tolerance[name])
+            if order is None or exported is None or exported.shape != eager.shape:
+                differences[name] = (np.inf,) * parts
+            else:
+                difference = (eager - exported[order]).reshape(-1, parts)
+                differences[name] = tuple(_largest(part) for part in difference.T)
+        return differences
 
     @property
     def agrees(self) -> bool:
-        return all(d <= t for d, t in zip(self.difference, self.tolerance))
+        pairs = list(zip(self.difference, self.tolerance))
+        for name, difference in self.additional_difference.items():
+            pairs += zip(difference, self.additional_tolerance[name])
+        return (
+            all(d <= t for d, t in pairs)
+            and self.eager.additional.keys() == self.exported.additional.keys()
+        )
+
+    def _order(self):
+        if self.eager.image_size != self.exported.image_size:
+            return None
+        return _matching_order(self.eager, self.exported, self.tolerance[1])
+
+
+def _largest(difference: np.ndarray) -> float:
+    return float(np.abs(difference).max(initial=0.0))
 
 
 def verify(
@@ -83,12 +122,15 @@ def verify(
     for image in tqdm(images, desc="verifying", unit="image", disable=None):
         eager, runs = _run_eager(model, image)
         exported = _run_exported(runner, path, image, runs)
-        comparisons.append(Comparison(eager, exported, TOLERANCES[format]))
+        comparisons.append(
+            Comparison(eager, exported, TOLERANCES[format], ADDITIONAL_TOLERANCES[format])
+        )
     return comparisons
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """The comparisons as a table for people."""
+    additional = list(dict.fromkeys(name for c in comparisons for name in c.eager.additional))
     rows = []
     for comparison in comparisons:
         eager, exported = comparison.eager, comparison.exported
@@ -99,6 +141,10 @@ def table(comparisons: Sequence[Comparison]) -> str:
                 f"{len(eager.boxes)}, {len(exported.boxes)}",
                 f"{boxes:.1e}",
                 f"{scores:.1e}",
+                *(
+                    ", ".join(f"{part:.1e}" for part in comparison.additional_difference[name])
+                    for name in additional
+                ),
                 f"{1000 * eager.latency:.1f}, {1000 * exported.latency:.1f}",
                 "equal" if comparison.agrees else "DIFFERENT",
             )
@@ -108,52 +154,63 @@ def table(comparisons: Sequence[Comparison]) -> str:
         "detections\neager, exported",
         "largest difference\nof boxes (px)",
         "\nof scores",
+        *("\n" + _ADDITIONAL_HEADERS[name] for name in additional),
         "latency (ms)\neager, exported",
         "",
     ]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 5 + ("left",))
+    alignment = ["right"] * (len(headers) - 1) + ["left"]
+    return tabulate(rows, headers, disable_numparse=True, colalign=alignment)
 
 
 def _run_eager(model: nn.Module, image: torch.Tensor) -> Tuple[Detections, int]:
     """The detections, and how many times the model was run to measure its latency."""
     seconds = []
+    deployable = Deployable(model)  # whose latency is without the pasting of masks
     with torch.no_grad(), no_export_warnings():
-        model([{"image": image}])
+        instances = model([{"image": image}])[0]["instances"]
+        additional = {}
+        if instances.has("pred_masks"):
+            (raw,) = model.inference([{"image": image}], do_postprocess=False)
+            additional["masks"] = raw.pred_masks[raw.pred_boxes.nonempty(), 0].numpy()
+        if instances.has("pred_keypoints"):
+            additional["keypoints"] = instances.pred_keypoints.numpy()
         while len(seconds) < MAX_RUNS and sum(seconds) < MAX_SECONDS:
             start = time.perf_counter()
-            (result,) = model([{"image": image}])
+            deployable(image)
             seconds.append(time.perf_counter() - start)
-    instances = result["instances"]
     detections = Detections(
         instances.pred_boxes.tensor.numpy(),
         instances.pred_classes.numpy(),
         instances.scores.numpy(),
         instances.image_size,
         statistics.median(seconds),
+        additional,
     )
     return detections, len(seconds)
 
 
 def _run_exported(runner: str, path: str, image: torch.Tensor, runs: int) -> Detections:
     with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "image.npy")
+        file, arrays_file = (os.path.join(folder, name) for name in ("image.npy", "arrays.npz"))
         np.save(file, image.numpy())
         result = subprocess.run(
-            [sys.executable, runner, path, file, "--threshold", "0", "--repeat", str(runs)],
+            [
+                *(sys.executable, runner, path, file, "--arrays", arrays_file),
+                *("--repeat", str(runs)),
+            ],
             capture_output=True,
             text=True,
             check=False,
         )
-    if result.returncode != 0:
-        raise RuntimeError(f"{path} does not run: {result.stderr.strip()}")
-    record = json.loads(result.stdout)
-    detections = record["detections"]
+        if result.returncode != 0:
+            raise RuntimeError(f"{path} does not run: {result.stderr.strip()}")
+        with np.load(arrays_file) as file:
+            arrays = dict(file)
     return Detections(
-        np.array([d["bbox"] for d in detections], dtype=np.float32).reshape(-1, 4),
-        np.array([d["class_id"] for d in detections], dtype=np.int64),
-        np.array([d["score"] for d in detections], dtype=np.float32),
-        (record["height"], record["width"]),
-        record["seconds"],
+        *(arrays.pop(name) for name in ("boxes", "classes", "scores")),
+        tuple(arrays.pop("image_size").tolist()),
+        json.loads(result.stdout)["seconds"],
+        arrays,
     )
 
 
