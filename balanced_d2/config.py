@@ -138,7 +138,10 @@ def _explain(message: str, cfg: CN) -> str:
     )
     if mismatch:
         expected, got, old, new, key = mismatch.groups()
-        return f"{key} is {new} ({got}), but it has to be of type {expected}, such as {old}"
+        told = f"{key} is {new} ({got}), but it has to be of type {expected}, such as {old}"
+        if key.startswith("DATASETS.") and (expected, got) == ("tuple", "str"):
+            told += f"; write ('{new}',), with the comma"
+        return told
     return message
 
 

@@ -64,6 +64,7 @@ def trainer_config(lazy: DictConfig) -> CfgNode:
             "DATASETS.TEST": _names(loader.test.dataset.names),
             "OUTPUT_DIR": train.output_dir,
             "SOLVER.MAX_ITER": train.max_iter,
+            "SOLVER.STEPS": (),  # its schedule is lr_multiplier
             "SOLVER.CHECKPOINT_PERIOD": train.checkpointer.period,
             "SOLVER.AMP.ENABLED": train.amp.enabled,
             "TEST.EVAL_PERIOD": train.eval_period,

@@ -96,6 +96,7 @@ def test_trains_and_evaluates(name, tiny_coco, tmp_path):
         # After two iterations the scores are almost 0, or 0.
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "-1.0", "SOLVER.BASE_LR", "0.001"),
         *("MODEL.WEIGHTS", "", "OUTPUT_DIR", output, "DATALOADER.NUM_WORKERS", "0"),
+        *("SOLVER.STEPS", "()", "SEED", "1"),
     )
     assert metrics["iteration"] == 2 and math.isfinite(metrics["total_loss"])
     names = {key.split("/", 1)[1] if key.startswith("stage") else key for key in metrics}

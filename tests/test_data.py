@@ -68,13 +68,13 @@ def test_degenerate_boxes_are_dropped_with_one_warning(tmp_path, name, caplog):
         ),
         (
             dataset(annotations=[{"id": 3, "image_id": 1, "category_id": 1}]),
-            "annotation 3 has no valid bbox",
+            "have no valid bbox (4 numbers): annotation 3",
         ),
         (
             dataset(
                 annotations=[{"id": 3, "image_id": 1, "category_id": 1, "bbox": [1, 2, "x", 4]}]
             ),
-            "annotation 3 has no valid bbox",
+            "have no valid bbox (4 numbers): annotation 3",
         ),
     ],
 )

@@ -1,45 +1,99 @@
-"""Checks of a config's data sets before anything is built."""
+"""Checks of a config and its data sets before anything is built."""
 
+import logging
 import os
-from typing import Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    RetinaNet,
+)
 
+from balanced_d2.data.check_coco import check_coco
+from balanced_d2.data.clean import Finding, clean, found, label_of, tell
 from balanced_d2.data.coco import told_as_annotation_error
 from balanced_d2.errors import UserError
 from balanced_d2.evaluation.build import check_evaluator
 
 
-def check_datasets(cfg: CfgNode, train: bool = True) -> None:
+def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -> None:
     """Check that all data sets of a config can be loaded and match the model.
 
     Every data set is loaded once, so that a broken test set is found before the training and not
-    after it.
+    after it. What :func:`balanced_d2.data.clean.clean` drops or clips is warned of.
 
     Args:
         train: whether ``DATASETS.TRAIN`` is going to be used.
+        annotations: whether the annotations are looked at. Without it, data sets still have to
+            be there, to load and to have the model's number of classes.
 
     Raises:
-        UserError: naming the data set and what is wrong with it.
+        UserError: naming the data set and all that is wrong with it.
     """
-    if train and not cfg.DATASETS.TRAIN:
+    trained, evaluated = _names(cfg, "TRAIN") if train else (), _names(cfg, "TEST")
+    if train and not trained:
         raise UserError("DATASETS.TRAIN is empty: there is nothing to train on")
-    if not train and not cfg.DATASETS.TEST:
+    if not train and not evaluated:
         raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on")
-    for name in cfg.DATASETS.TEST:
+    for name in evaluated:
         check_registered(name)
         check_evaluator(name)
-    for name in (cfg.DATASETS.TRAIN if train else ()) + cfg.DATASETS.TEST:
+    if evaluated:
+        check_sigmas(cfg)
+    usable = 0
+    for name in dict.fromkeys((*trained, *evaluated)):
         check_registered(name)
-        _check_files(name)
-        source = MetadataCatalog.get(name).get("json_file", "its source")
-        with told_as_annotation_error(name, source):
-            records = DatasetCatalog.get(name)
+        check_files(name)
+        json_file = coco_file(name)
+        if annotations and json_file:
+            found = check_coco(name, json_file, evaluated=name in evaluated)
+            # The others are those that loading drops and warns of.
+            tell(name, [finding for finding in found if finding.refused], json_file)
+        records = load(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")
-        _check_classes(name, cfg)
+        check_classes(name, cfg)
+        if annotations:
+            records = clean(name, records)
+            tell(name, model_findings(cfg, name, records, name in trained))
+            usable += name in trained and sum(1 for _ in _usable(records))
+    if trained and annotations and not usable:
+        raise UserError(
+            f"DATASETS.TRAIN ({', '.join(trained)}): there is no usable annotation to train on"
+        )
+
+
+def _names(cfg: CfgNode, key: str) -> Tuple[str, ...]:
+    names = cfg.DATASETS[key]
+    if isinstance(names, str):
+        raise UserError(
+            f"DATASETS.{key} is the string {names!r}, but has to be a tuple of names: write "
+            f"({names!r},), with the comma"
+        )
+    return tuple(names)
+
+
+def load(name: str) -> List[Dict]:
+    """The records of a registered data set.
+
+    Raises:
+        UserError: if that fails by the annotations.
+    """
+    source = MetadataCatalog.get(name).get("json_file", "its source")
+    with told_as_annotation_error(name, source):
+        return DatasetCatalog.get(name)
+
+
+def coco_file(name: str) -> Optional[str]:
+    """The annotation file of a data set in COCO's format, None for any other data set."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "coco" or metadata.get("generated"):
+        return None
+    return metadata.get("json_file")
 
 
 def check_registered(name: str) -> None:
@@ -51,8 +105,11 @@ def check_registered(name: str) -> None:
         )
 
 
-def _check_files(name: str) -> None:
-    """For Detectron2's built-in data sets, whose loaders do not say what is missing."""
+def check_files(name: str) -> None:
+    """Raise :class:`UserError` if a file or folder that the metadata names is not there.
+
+    Loaders of Detectron2's built-in data sets do not say what is missing.
+    """
     metadata = MetadataCatalog.get(name)
     if metadata.get("generated"):
         return
@@ -65,18 +122,19 @@ def _check_files(name: str) -> None:
             )
 
 
-def _check_classes(name: str, cfg: CfgNode) -> None:
+def check_classes(name: str, cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if a data set and the model are known to differ in their classes."""
     classes = MetadataCatalog.get(name).get("thing_classes")
-    key, num_classes = _num_classes(cfg)
+    key, num_classes = num_classes_key(cfg)
     if classes is not None and num_classes is not None and len(classes) != num_classes:
         raise UserError(
             f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}"
             f"{', ...' if len(classes) > 5 else ''}), but {key} is {num_classes}; set it to "
-            f"{len(classes)}"
+            f"{len(classes)}, or name the model's own data set (DATASETS)"
         )
 
 
-def _num_classes(cfg: CfgNode) -> tuple[str, Optional[int]]:
+def num_classes_key(cfg: CfgNode) -> tuple[str, Optional[int]]:
     """The key that says how many classes the model has, and its value, where that is known."""
     meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if issubclass(meta_architecture, GeneralizedRCNN):
@@ -84,3 +142,133 @@ def _num_classes(cfg: CfgNode) -> tuple[str, Optional[int]]:
     if issubclass(meta_architecture, RetinaNet):
         return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     return "", None
+
+
+def _usable(records: List[Dict]) -> Iterator[Tuple[Dict, Dict]]:
+    """Records with each of their annotations that training uses: not those of crowds."""
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if not annotation.get("iscrowd", 0):
+                yield record, annotation
+
+
+def model_findings(cfg: CfgNode, name: str, records: List[Dict], trained: bool) -> List[Finding]:
+    """What is missing in the annotations of a data set for the model of a config.
+
+    Args:
+        records: as :func:`balanced_d2.data.clean.clean` returns them.
+        trained: whether the data set is trained on.
+    """
+    # Pascal VOC's boxes, for one, can evaluate a model with masks.
+    if not trained and MetadataCatalog.get(name).get("evaluator_type") not in ("coco", "lvis"):
+        return []
+    usable = list(_usable(records))
+    findings = []
+    if cfg.MODEL.MASK_ON:
+        findings += _mask_findings(cfg, usable, trained)
+    if cfg.MODEL.KEYPOINT_ON:
+        findings += _keypoint_findings(cfg, name, usable, trained)
+    return findings
+
+
+def _mask_findings(cfg: CfgNode, usable: List[Tuple[Dict, Dict]], trained: bool) -> List[Finding]:
+    masks = [(r, a) for r, a in usable if _has(a, "segmentation")]
+    polygons_only = trained and cfg.INPUT.MASK_FORMAT == "polygon"
+    return [
+        *found(
+            "refused",
+            "annotation(s) have no segmentation, but MODEL.MASK_ON is True",
+            [(r, a) for r, a in usable if not _has(a, "segmentation")],
+            lambda item: label_of(*item),
+            "add them or set MODEL.MASK_ON to False",
+        ),
+        *found(
+            "refused",
+            "annotation(s) have a mask, but INPUT.MASK_FORMAT is polygon",
+            [(r, a) for r, a in masks if polygons_only and not isinstance(a["segmentation"], list)],
+            lambda item: label_of(*item),
+            "set INPUT.MASK_FORMAT to bitmask",
+        ),
+    ]
+
+
+def _keypoint_findings(
+    cfg: CfgNode, name: str, usable: List[Tuple[Dict, Dict]], trained: bool
+) -> List[Finding]:
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    with_keypoints = [(r, a) for r, a in usable if _has(a, "keypoints")]
+    if usable and not with_keypoints:
+        raise UserError(
+            f"data set {name!r}: no annotation has keypoints, but MODEL.KEYPOINT_ON is True; add "
+            "them or set MODEL.KEYPOINT_ON to False"
+        )
+    if trained and usable and MetadataCatalog.get(name).get("keypoint_names") is None:
+        raise UserError(
+            f"data set {name!r}: its keypoints have no names; add them to the categories of the "
+            "annotation file, or to the metadata (keypoint_names, keypoint_flip_map)"
+        )
+    # Detectron2 leaves out images without keypoints, and fails on those with some.
+    images = {id(record) for record, _ in with_keypoints}
+    return [
+        *found(
+            "refused",
+            "annotation(s) have no keypoints, but others of their image do",
+            [(r, a) for r, a in usable if id(r) in images and not _has(a, "keypoints")],
+            lambda item: label_of(*item),
+            "write invisible ones as 0, 0, 0",
+        ),
+        *found(
+            "refused",
+            "annotation(s) have another number of keypoints than "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, which is {num_keypoints}",
+            [(r, a) for r, a in with_keypoints if len(a["keypoints"]) != 3 * num_keypoints],
+            lambda item: f"{label_of(*item)} ({len(item[1]['keypoints']) // 3})",
+            "set it to their number",
+        ),
+    ]
+
+
+def _has(annotation: Dict, part: str) -> bool:
+    value = annotation.get(part)
+    return value is not None and len(value) > 0
+
+
+def check_sigmas(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if keypoints cannot be evaluated for want of their sigmas."""
+    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.MODEL.KEYPOINT_ON and number != (len(sigmas) or 17):
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but needs one for each of the "
+            f"{number} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS); only for COCO's 17 it "
+            "can be empty"
+        )
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if the schedule of the learning rate has steps after its end."""
+    late = [step for step in cfg.SOLVER.STEPS if step >= cfg.SOLVER.MAX_ITER]
+    if late and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        raise UserError(
+            f"SOLVER.STEPS: the learning rate is to fall at {', '.join(map(str, late))}, but "
+            f"training ends at SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}; set SOLVER.STEPS to earlier "
+            'iterations, or to "()" for a rate that does not fall'
+        )
+
+
+def check_samplers(cfg: CfgNode) -> None:
+    """Warn of samplers that are set for ROI heads which do not know them.
+
+    ``NEGATIVE_SAMPLER`` is not looked at: its default asks for balance, so whether it is set cannot
+    be seen.
+    """
+    heads = cfg.MODEL.ROI_HEADS
+    keys = [
+        f"MODEL.ROI_HEADS.{key}"
+        for key, default in (("POSITIVE_SAMPLER", "random"), ("NUM_BINS", 3))
+        if heads[key] != default
+    ]
+    if keys and ROI_HEADS_REGISTRY.get(heads.NAME).__module__.startswith("detectron2."):
+        logging.getLogger(__name__).warning(
+            f"{' and '.join(keys)} set, but of no effect: MODEL.ROI_HEADS.NAME is {heads.NAME}, "
+            "Detectron2's own; BalancedROIHeads and BalancedCascadeROIHeads know them"
+        )

@@ -17,6 +17,7 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from balanced_d2.data.clean import clean
 from balanced_d2.errors import StopTraining, UserError, check_choice
 from balanced_d2.randomness import seeded
 
@@ -40,7 +41,8 @@ class TrainLoader:
     share the images of a batch, augmented as they would be in one process.
 
     Args:
-        dataset: Detectron2's standard dicts.
+        dataset: Detectron2's standard dicts. Boxes that nothing can be learnt from are left out, see
+            :func:`balanced_d2.data.clean.clean`.
         mapper: turns such a dict into what the model takes, e.g. Detectron2's ``DatasetMapper``.
         total_batch_size: number of images that all processes load together for an iteration.
         num_workers: worker processes for loading, of each process; 0: none.
@@ -77,6 +79,8 @@ class TrainLoader:
             )
         if len(dataset) == 0:
             raise UserError("there is nothing to train on: the data set is empty")
+        # Again, for data sets that are not the project's, whose loaders do not do it.
+        dataset = clean("DATASETS.TRAIN", dataset)
         self.batch_size = total_batch_size // num_processes
         self.num_workers = num_workers
         self.groups = [

@@ -1,0 +1,502 @@
+"""Bad input, as a table: what a user can get wrong, and what the message has to say."""
+
+import copy
+import json
+import logging
+import math
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from balanced_d2 import load_config
+from balanced_d2.data import check_datasets, register_coco
+from balanced_d2.data.check import check_samplers, check_solver
+from balanced_d2.data.clean import clean
+from balanced_d2.errors import UserError
+
+from .conftest import assert_told, train_net
+
+NAME = "bad_input"
+
+
+@pytest.fixture(autouse=True)
+def unregister():
+    """The data set of a test is gone after it."""
+    yield
+    DatasetCatalog.pop(NAME, None)
+    MetadataCatalog.pop(NAME, None)
+
+
+def annotation(number, **changes):
+    box = [1, 2, 30, 20]
+    fields = {"id": number, "image_id": 3, "category_id": 1, "bbox": box, "area": 600, "iscrowd": 0}
+    return {**fields, **changes}
+
+
+def good_file():
+    return {
+        "images": [
+            {"id": 3, "file_name": "a.jpg", "width": 50, "height": 40},
+            {"id": 4, "file_name": "b.jpg", "width": 50, "height": 40},
+        ],
+        "annotations": [annotation(7), annotation(8, category_id=2)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+
+
+def with_field(part, index, **fields):
+    """A change of a file: fields of an image, annotation or category; None removes one."""
+
+    def change(content):
+        item = content[part][index]
+        item.update(fields)
+        for key in [key for key, value in fields.items() if value is None]:
+            del item[key]
+
+    return change
+
+
+def with_annotation(*others):
+    return lambda content: content["annotations"].extend(others)
+
+
+def without(part):
+    return lambda content: content.pop(part)
+
+
+def emptied(part):
+    return lambda content: content[part].clear()
+
+
+def check(tmp_path, content, opts=(), **arguments):
+    """What the start of train_net.py does with a data set."""
+    json_file = tmp_path / "a.json"
+    json_file.write_text(content if isinstance(content, str) else json.dumps(content))
+    register_coco(NAME, str(json_file), str(tmp_path))
+    names = ["DATASETS.TRAIN", f"('{NAME}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    check_datasets(load_config("", [*names, *opts]), **arguments)
+
+
+def test_good_file(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        check(tmp_path, good_file(), ["DATASETS.TEST", f"('{NAME}',)"])
+    assert not caplog.records
+
+
+TEST_TOO = ["DATASETS.TEST", f"('{NAME}',)"]
+MASKS = ["MODEL.MASK_ON", "True"]
+KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"]
+POLYGON = [[1, 2, 31, 2, 31, 22]]
+RLE = {"size": [40, 50], "counts": [0, 100, 1900]}
+ALL_MASKS = dict.fromkeys((0, 1), {"segmentation": POLYGON})
+
+
+def with_fields(by_index):
+    def change(content):
+        for index, fields in by_index.items():
+            content["annotations"][index].update(fields)
+
+    return change
+
+
+def with_keypoint_names(change):
+    def both(content):
+        for category in content["categories"]:
+            category["keypoints"] = ["left", "right"]
+        change(content)
+
+    return both
+
+
+TWO_POINTS = {"keypoints": [1, 2, 2, 3, 4, 2]}
+
+# What is done to a good annotation file, options of the config, and what the error has to name.
+FILES = {
+    "cut off": ('{"images": [', [], ["not a valid annotation file"]),
+    "not text": ("\x00\x01", [], ["not a valid annotation file"]),
+    "a list": ("[]", [], ["not a valid annotation file", "no object"]),
+    "no images": (without("images"), [], ["not a valid annotation file", "no 'images'"]),
+    "no annotations": (without("annotations"), [], ["no 'annotations'"]),
+    "no categories": (without("categories"), [], ["no 'categories'"]),
+    "images are no list": (lambda c: c.update(images={"3": {}}), [], ["'images' is no list"]),
+    "annotations of numbers": (lambda c: c.update(annotations=[1]), [], ["'annotations' is no li"]),
+    "empty images": (emptied("images"), [], ["'images' is empty"]),
+    "empty categories": (emptied("categories"), [], ["'categories' is empty"]),
+    "image without id": (with_field("images", 1, id=None), [], ["1 image(s) have no valid id"]),
+    "image without file_name": (
+        with_field("images", 1, file_name=None),
+        [],
+        ["1 image(s) have no 'file_name': image 4"],
+    ),
+    "image without width": (
+        with_field("images", 1, width=None),
+        [],
+        ["no valid 'width' and 'height': image 4 (None x 40)"],
+    ),
+    "image of height 0": (with_field("images", 1, height=0), [], ["image 4 (50 x 0)"]),
+    "width in words": (with_field("images", 1, width="50"), [], ["image 4 ('50' x 40)"]),
+    "image twice": (
+        with_field("images", 1, id=3),
+        [],
+        ["1 image id(s) are there more than once: image 3 (2 times)"],
+    ),
+    "annotation twice": (
+        with_annotation(annotation(7)),
+        [],
+        ["1 annotation id(s) are there more than once: annotation 7 (2 times)"],
+    ),
+    "category twice": (
+        with_field("categories", 1, id=1),
+        [],
+        ["1 category id(s) are there more than once: category 1 (2 times)"],
+    ),
+    "category without name": (
+        with_field("categories", 1, name=None),
+        [],
+        ["categories have no 'name': category 2"],
+    ),
+    "category id in words": (with_field("categories", 1, id="two"), [], ["number 2 in the file"]),
+    "annotation without id": (
+        with_field("annotations", 1, id=None),
+        [],
+        ["1 annotation(s) have no valid id: number 2 in the file"],
+    ),
+    "annotation of no image": (
+        with_annotation(annotation(9, image_id=99), annotation(10, image_id=98)),
+        [],
+        ["2 annotation(s) belong to no image", "annotation 9 (image 99), annotation 10 (image 98)"],
+    ),
+    "image_id is a list": (
+        with_annotation(annotation(9, image_id=[3])),
+        [],
+        ["annotation 9 (image [3])"],
+    ),
+    "annotation of no category": (
+        with_annotation(annotation(9, category_id=5)),
+        [],
+        ["1 annotation(s) belong to no category of the file: annotation 9 (category 5)"],
+    ),
+    "category_id in words": (
+        with_annotation(annotation(9, category_id="1")),
+        [],
+        ["annotation 9 (category '1')"],
+    ),
+    "no bbox": (
+        with_field("annotations", 1, bbox=None),
+        [],
+        ["1 annotation(s) have no valid bbox (4 numbers): annotation 8 (image 3)"],
+    ),
+    "bbox of three": (with_field("annotations", 1, bbox=[1, 2, 3]), [], ["annotation 8 (image 3)"]),
+    "bbox in words": (
+        with_field("annotations", 1, bbox=[1, 2, "3", 4]),
+        [],
+        ["have no valid bbox", "annotation 8 (image 3)"],
+    ),
+    "bbox with NaN": (
+        with_field("annotations", 1, bbox=[1, 2, math.nan, 4]),
+        [],
+        ["1 annotation(s) have a bbox with NaN or infinity: annotation 8 (image 3)"],
+    ),
+    "bbox with infinity": (
+        with_field("annotations", 1, bbox=[1, 2, math.inf, 4]),
+        [],
+        ["have a bbox with NaN or infinity: annotation 8 (image 3)"],
+    ),
+    "ignore": (with_field("annotations", 1, ignore=1), [], ['marked "ignore"', "annotation 8"]),
+    "one flat polygon": (
+        with_field("annotations", 1, segmentation=POLYGON[0]),
+        [],
+        ["neither a list of polygons nor RLE: annotation 8"],
+    ),
+    "keypoints that are no triples": (
+        with_field("annotations", 1, keypoints=[1, 2]),
+        [],
+        ["no list of x, y, visibility: annotation 8"],
+    ),
+    "test set without area": (
+        with_field("annotations", 1, area=None),
+        TEST_TOO,
+        ["lack 'area' or 'iscrowd'", "annotation 8 (image 3)"],
+    ),
+    "more than ten": (
+        with_annotation(*(annotation(n, image_id=99) for n in range(100, 130))),
+        [],
+        ["30 annotation(s) belong to no image", "annotation 109 (image 99), ...; refused"],
+    ),
+    "several mistakes": (
+        with_annotation(annotation(7), annotation(9, image_id=99)),
+        [],
+        ["annotation 7 (2 times)", "; 1 annotation(s) belong to no image"],
+    ),
+    "no annotation": (emptied("annotations"), [], ["no usable annotation"]),
+    "only crowds": (
+        with_fields(dict.fromkeys((0, 1), {"iscrowd": 1})),
+        [],
+        [f"DATASETS.TRAIN ({NAME})", "no usable annotation"],
+    ),
+    "only empty boxes": (
+        with_fields(dict.fromkeys((0, 1), {"bbox": [1, 2, 0, 4]})),
+        [],
+        ["no usable annotation"],
+    ),
+    "no masks": (
+        lambda content: None,
+        MASKS,
+        ["2 annotation(s) have no segmentation, but MODEL.MASK_ON", "annotation 7 of"],
+    ),
+    "one mask missing": (
+        with_fields({0: ALL_MASKS[0]}),
+        MASKS,
+        ["1 annotation(s) have no segmentation", "annotation 8 of"],
+    ),
+    "RLE as polygons": (
+        with_fields({0: ALL_MASKS[0], 1: {"segmentation": RLE}}),
+        MASKS,
+        ["INPUT.MASK_FORMAT is polygon: annotation 8 of"],
+    ),
+    "no keypoints": (lambda content: None, KEYPOINTS, ["no annotation has keypoints", "KEYPOINT"]),
+    "keypoints without names": (
+        with_fields({0: TWO_POINTS, 1: TWO_POINTS}),
+        KEYPOINTS,
+        ["its keypoints have no names"],
+    ),
+    "one without keypoints": (
+        with_keypoint_names(with_fields({0: TWO_POINTS})),
+        KEYPOINTS,
+        ["annotation(s) have no keypoints, but others of their image do: annotation 8 of"],
+    ),
+    "other number of keypoints": (
+        with_keypoint_names(with_fields({0: TWO_POINTS, 1: TWO_POINTS})),
+        [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"],
+        ["NUM_KEYPOINTS, which is 3: annotation 7 of", "a.jpg (2)"],
+    ),
+    "keypoints without sigmas": (
+        with_keypoint_names(with_fields({0: TWO_POINTS, 1: TWO_POINTS})),
+        [*KEYPOINTS, *TEST_TOO],
+        ["TEST.KEYPOINT_OKS_SIGMAS has 0 values", "2 keypoints"],
+    ),
+    "more classes than the model": (
+        lambda content: content["categories"].append({"id": 3, "name": "bird"}),
+        [],
+        ["has 3 classes (cat, dog, bird)", "MODEL.ROI_HEADS.NUM_CLASSES is 2"],
+    ),
+    "fewer classes than RetinaNet": (
+        lambda content: None,
+        ["MODEL.META_ARCHITECTURE", "RetinaNet"],
+        ["has 2 classes", "MODEL.RETINANET.NUM_CLASSES is 80"],
+    ),
+}
+
+
+@pytest.mark.parametrize("change, opts, parts", FILES.values(), ids=FILES.keys())
+def test_bad_files(tmp_path, change, opts, parts):
+    content = change
+    if callable(change):
+        content = copy.deepcopy(good_file())
+        change(content)
+    with pytest.raises(UserError) as error:
+        check(tmp_path, content, opts)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    if "TEST" not in message and "TRAIN" not in message:
+        assert repr(NAME) in message
+
+
+def test_ten_examples_at_most(tmp_path):
+    content = good_file()
+    content["annotations"] += [annotation(n, image_id=99) for n in range(100, 130)]
+    with pytest.raises(UserError) as error:
+        check(tmp_path, content)
+    assert str(error.value).count("(image 99)") == 10
+
+
+# Dropped or clipped: the box (of an image of 50 x 40), the warning, and what stays of it.
+BOXES = {
+    "no width": ([5, 5, 0, 4], "dropped 1 annotation(s) whose box has no width or height", None),
+    "negative height": ([5, 5, 3, -4], "dropped 1 annotation(s) whose box has no width", None),
+    "right of the image": ([50, 5, 9, 9], "dropped 1 annotation(s) whose box is outside", None),
+    "above the image": ([5, -9, 9, 9], "dropped 1 annotation(s) whose box is outside", None),
+    "over the edge": ([45, 30, 9, 20], "clipped 1 annotation(s) whose box is", [45, 30, 5, 10]),
+    "over the corner": ([-5, -6, 10, 20], "clipped 1 annotation(s) whose box is", [0, 0, 5, 14]),
+    "over by rounding": ([45, 30, 5.1, 10.2], None, [45, 30, 5, 10]),
+    "up to the edge": ([45, 30, 5, 10], None, [45, 30, 5, 10]),
+}
+
+
+@pytest.mark.parametrize("iscrowd", [0, 1])
+@pytest.mark.parametrize("mode", [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS])
+@pytest.mark.parametrize("box, warning, kept", BOXES.values(), ids=BOXES.keys())
+def test_boxes_are_cleaned(box, warning, kept, mode, iscrowd, caplog):
+    def in_mode(xywh):
+        return BoxMode.convert([float(v) for v in xywh], BoxMode.XYWH_ABS, mode)
+
+    records = [record(box=in_mode(box), bbox_mode=mode, iscrowd=iscrowd), record()]
+    before = copy.deepcopy(records)
+    name = f"{box} {mode} {iscrowd}"  # warnings are given once
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        cleaned = clean(name, records)
+        again = clean(name, cleaned)
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == (warning is not None)
+    if warning:
+        assert warning in messages[0] and "annotation 7 of a.jpg" in messages[0]
+        assert repr(name) in messages[0]
+    boxes = [a["bbox"] for a in cleaned[0]["annotations"]]
+    assert boxes == ([] if kept is None else [pytest.approx(in_mode(kept))])
+    assert records == before and cleaned[1] == records[1]
+    assert [len(r["annotations"]) for r in again] == [len(boxes), 1]
+
+
+def record(box=(1.0, 2.0, 30.0, 20.0), **changes):
+    """A record as a user's own function returns it."""
+    fields = {"id": 7, "bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    size = {key: changes.pop(key, value) for key, value in (("width", 50), ("height", 40))}
+    size = {key: value for key, value in size.items() if value is not None}
+    return {"file_name": "a.jpg", "image_id": 3, **size, "annotations": [{**fields, **changes}]}
+
+
+RECORDS = {
+    "category beyond the classes": ({"category_id": 2}, "from 0 to 1, the last class"),
+    "negative category": ({"category_id": -1}, "annotation 7 of a.jpg (category_id -1)"),
+    "category as a float": ({"category_id": 1.0}, "(category_id 1.0)"),
+    "no category": ({"category_id": None}, "(category_id None)"),
+    "box with NaN": ({"box": (1, 2, math.nan, 4)}, "NaN or infinity: annotation 7 of a.jpg"),
+    "box with infinity": ({"box": (-math.inf, 2, 3, 4)}, "NaN or infinity: annotation 7"),
+    "box of five": ({"box": (1, 2, 3, 4, 5)}, "no valid bbox (4 numbers): annotation 7 of a.jpg"),
+    "box in words": ({"box": "1234"}, "no valid bbox (4 numbers): annotation 7 of a.jpg"),
+    "no bbox_mode": ({"bbox_mode": None}, "bbox_mode that cannot be trained on: annotation 7"),
+    "relative box": ({"bbox_mode": BoxMode.XYXY_REL}, "bbox_mode that cannot be trained on"),
+}
+
+
+@pytest.mark.parametrize("changes, message", RECORDS.values(), ids=RECORDS.keys())
+def test_bad_records(changes, message):
+    """Of a data set that is no COCO file, through the check at the start."""
+    DatasetCatalog.register(NAME, lambda: [record(), record(**changes)])
+    MetadataCatalog.get(NAME).set(thing_classes=["cat", "dog"])
+    cfg = load_config("", ["DATASETS.TRAIN", f"('{NAME}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
+    with pytest.raises(UserError) as error:
+        check_datasets(cfg)
+    assert message in str(error.value) and repr(NAME) in str(error.value)
+    check_datasets(cfg, annotations=False)
+
+
+def test_records_that_are_left_alone(caplog):
+    unsized = record(box=(-5, -5, 500, 500), width=None, height=None)
+    rotated = record(box=(100, 100, 20, 30, 45), bbox_mode=BoxMode.XYWHA_ABS)
+    unlabelled = {"file_name": "b.jpg", "width": 5, "height": 4}
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        records = [unsized, rotated, unlabelled]
+        assert clean("left alone", records) == records
+    assert clean("left alone", []) == [] and not caplog.records
+
+
+def test_annotations_without_id_are_counted():
+    bad = record(box=(1, 2, math.nan, 4))
+    del bad["annotations"][0]["id"]
+    bad["annotations"].insert(0, record()["annotations"][0])
+    with pytest.raises(UserError, match="annotation number 2 of a.jpg"):
+        clean("without id", [bad])
+
+
+def test_check_of_annotations_can_be_skipped(tmp_path):
+    content = good_file()
+    del content["annotations"][0]["area"]
+    with_annotation(annotation(9, image_id=99))(content)
+    check(tmp_path, content, TEST_TOO, annotations=False)
+    cfg = load_config("", ["DATASETS.TRAIN", f"('{NAME}',)"])
+    with pytest.raises(UserError, match="has 2 classes"):
+        check_datasets(cfg, annotations=False)
+
+
+def test_evaluation_needs_no_annotations(tmp_path):
+    """Like COCO's test images."""
+    content = good_file()
+    del content["annotations"]
+    check(tmp_path, content, TEST_TOO, train=False)
+
+
+# Options on the command line, and what the error has to say.
+OPTIONS = {
+    "unknown key": (["SOLVER.MAX_ITERS", "3"], "did you mean SOLVER.MAX_ITER?"),
+    "no value": (["SEED"], "'SEED' has no value"),
+    "data set as a string": (["DATASETS.TRAIN", "bccd_train"], "DATASETS.TRAIN is bccd_train"),
+    "brackets without comma": (["DATASETS.TRAIN", "('bccd_train')"], "has to be of type tuple"),
+    "names without comma": (["DATASETS.TRAIN", "('a' 'b',)"], "'ab' is not registered"),
+    "no data set": (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+    "unregistered": (["DATASETS.TRAIN", "('nowhere',)"], "'nowhere' is not registered"),
+    "unregistered test": (["DATASETS.TEST", "('nowhere',)"], "'nowhere' is not registered"),
+    "step at the end": (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(3, 9)"], "to fall at 9, but"),
+    "steps beyond the end": (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(10, 20)"], "at 10, 20, "),
+    "default steps": (["SOLVER.MAX_ITER", "2"], "to fall at 30000, but training ends at SOLVER.MA"),
+}
+
+
+@pytest.mark.parametrize("opts, message", OPTIONS.values(), ids=OPTIONS.keys())
+def test_bad_options(opts, message):
+    with pytest.raises(UserError) as error:
+        cfg = load_config("", ["DATASETS.TRAIN", "('balanced_shapes_train',)", *opts])
+        check_solver(cfg)
+        check_datasets(cfg)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_string_instead_of_a_tuple(key):
+    """Set in Python, where yacs does not look at the type."""
+    cfg = load_config("", ["DATASETS.TRAIN", "('a',)"])
+    cfg.DATASETS[key] = "bccd_train"
+    with pytest.raises(UserError, match=rf"DATASETS.{key} is the string.*\('bccd_train',\)"):
+        check_datasets(cfg)
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"],
+        ["SOLVER.MAX_ITER", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"],
+        ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(3, 8)"],
+    ],
+)
+def test_schedules_that_are_right(opts):
+    check_solver(load_config("", opts))
+
+
+@pytest.mark.parametrize(
+    "heads, opts, keys",
+    [
+        ("StandardROIHeads", ["NUM_BINS", "4"], "MODEL.ROI_HEADS.NUM_BINS set"),
+        (
+            "StandardROIHeads",
+            ["POSITIVE_SAMPLER", "instance_balanced", "NUM_BINS", "4"],
+            "MODEL.ROI_HEADS.POSITIVE_SAMPLER and MODEL.ROI_HEADS.NUM_BINS set",
+        ),
+        ("StandardROIHeads", [], None),
+        ("BalancedROIHeads", ["NUM_BINS", "4"], None),
+    ],
+)
+def test_samplers_without_effect(heads, opts, keys, caplog):
+    opts = [part if i % 2 else f"MODEL.ROI_HEADS.{part}" for i, part in enumerate(opts)]
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        check_samplers(load_config("", ["MODEL.ROI_HEADS.NAME", heads, *opts]))
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == (keys is not None)
+    if keys:
+        assert keys in messages[0] and heads in messages[0] and "BalancedROIHeads" in messages[0]
+
+
+def test_start_of_training_tells_all_at_once(tmp_path):
+    """End to end: one line, and nothing is trained."""
+    content = good_file()
+    with_annotation(annotation(7), annotation(9, image_id=99))(content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    result = train_net(
+        *("--register", "own", tmp_path / "a.json", tmp_path),
+        *("DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "output"),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
+    )
+    assert_told(result, "'own'", "annotation 7 (2 times)", "annotation 9 (image 99)")
+    assert not list(tmp_path.glob("**/*.pth"))

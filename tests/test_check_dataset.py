@@ -1,0 +1,153 @@
+"""tools/check_dataset.py: findings, summary, images and exit codes."""
+
+import json
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from balanced_d2.errors import tell_user_errors
+
+from .conftest import load_tool, run_program
+
+
+@pytest.fixture
+def data(tiny_coco, tmp_path):
+    """A copy of the tiny data set: its folder, and a function that writes changed annotations."""
+    shutil.copytree(tiny_coco.parent, tmp_path / "data")
+    json_file = tmp_path / "data" / "annotations.json"
+
+    def change(changed):
+        content = json.loads(json_file.read_text())
+        changed(content)
+        json_file.write_text(json.dumps(content))
+
+    return tmp_path / "data", change
+
+
+@pytest.fixture
+def check(data, monkeypatch, capsys):
+    """Runs the tool here on the copy; returns exit code, standard output and standard error."""
+    folder, _ = data
+
+    def run(*arguments):
+        own = ["--register", "own", str(folder / "annotations.json"), str(folder / "images")]
+        monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments, *own])
+        tool = load_tool("check_dataset")
+        exit_code = tell_user_errors(tool.main, tool.parse_args())
+        for name in ("own", "function"):
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+        return (exit_code, *capsys.readouterr())
+
+    return run
+
+
+def test_good_data_set(check):
+    exit_code, out, err = check("own", "--images")
+    lines = out.splitlines()
+    assert exit_code == 0 and "error" not in err
+    assert lines[0] == (
+        "data set 'own': 6 images (0 without annotations), 18 usable annotations, 2 classes"
+    )
+    counts = {line.split()[0]: int(line.split()[1]) for line in lines[2:]}
+    assert set(counts) == {"bright", "dark"} and sum(counts.values()) == 18
+
+
+def test_dropped_is_told_once_and_is_no_error(check, data):
+    def change(content):
+        content["annotations"][0]["bbox"] = [1, 2, 0, 4]
+        content["annotations"][1]["bbox"] = [79, 60, 30, 30]
+        content["annotations"][2]["bbox"] = [200, 2, 3, 4]
+
+    data[1](change)
+    exit_code, out, err = check("own")
+    assert exit_code == 0 and "own" not in err
+    lines = out.splitlines()
+    assert lines[:3] == [
+        "data set 'own': dropped 1 annotation(s) whose box has no width or height: "
+        "annotation 1 (image 1)",
+        "data set 'own': dropped 1 annotation(s) whose box is outside its image: "
+        "annotation 3 (image 1)",
+        "data set 'own': clipped 1 annotation(s) whose box is partly outside its image: "
+        "annotation 2 (image 1)",
+    ]
+    assert "16 usable annotations" in lines[3]
+
+
+def test_refused_and_dropped_are_told_together(check, data):
+    def change(content):
+        content["annotations"][0]["bbox"] = [1, 2, 0, 4]
+        content["annotations"][1]["image_id"] = 99
+        content["annotations"][2]["id"] = 5
+
+    data[1](change)
+    exit_code, out, err = check("own")
+    assert exit_code == 2 and "error: cannot be trained on: own" in err
+    assert "annotation id(s) are there more than once: annotation 5 (2 times); refused" in out
+    assert "1 annotation(s) belong to no image of the file: annotation 2 (image 99)" in out
+    assert "dropped 1 annotation(s)" in out and "annotation 1 (image 1)" in out
+    assert "cannot be loaded until" in out
+
+
+def test_broken_file(check, data):
+    (data[0] / "annotations.json").write_text("[")
+    exit_code, out, err = check("own")
+    assert exit_code == 2 and "cannot be trained on: own" in err
+    assert "refused: data set 'own'" in out and "not a valid annotation file" in out
+
+
+def test_images(check, data):
+    images = data[0] / "images"
+    (images / "1.jpg").unlink()
+    (images / "2.jpg").write_text("no image")
+    whole = (images / "3.jpg").read_bytes()
+    (images / "3.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    cv2.imwrite(str(images / "4.jpg"), np.zeros((64, 81, 3), np.uint8))
+    # Stored on its side, as its EXIF tells: as Detectron2 reads it, it has the right size.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 80)).save(images / "5.jpg", exif=exif)
+    assert check("own")[0] == 0
+    exit_code, out, err = check("own", "--images")
+    assert exit_code == 2
+    (line,) = [line for line in out.splitlines() if "image(s) cannot be trained on" in line]
+    assert "4 image(s)" in line and "5.jpg" not in line and "6.jpg" not in line
+    assert f"{images}/1.jpg (does not exist)" in line
+    assert f"{images}/2.jpg (cannot identify" in line
+    assert f"{images}/3.jpg (image file is truncated" in line
+    assert f"{images}/4.jpg (is 81 x 64, not 80 x 64)" in line
+
+
+def test_data_set_of_a_function(check):
+    """One without a file, whose records are looked at themselves."""
+    box = {"bbox": [1, 2, 3, 4], "bbox_mode": 0, "category_id": 0}
+    records = [
+        {"file_name": "a.jpg", "width": 9, "height": 9, "annotations": [box]},
+        {"file_name": "b.jpg", "width": 9, "height": 9, "annotations": [{**box, "category_id": 3}]},
+    ]
+    DatasetCatalog.register("function", lambda: records)
+    MetadataCatalog.get("function").set(thing_classes=["thing"])
+    exit_code, out, err = check("own", "function")
+    assert exit_code == 2 and "error: cannot be trained on: function" in err
+    assert "data set 'function': 1 annotation(s)" in out
+    assert "annotation number 1 of b.jpg (category_id 3)" in out
+    assert "data set 'own': 6 images" in out
+
+
+def test_unknown_name(check):
+    exit_code, out, err = check("own", "nowhere")
+    assert exit_code == 2 and "'nowhere' is not registered" in err and not out
+
+
+def test_as_a_program(tiny_coco):
+    result = run_program(
+        *("tools/check_dataset.py", "tiny", "--register", "tiny", tiny_coco),
+        tiny_coco.parent / "images",
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    assert "data set 'tiny': 6 images" in result.stdout

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Tell what is wrong in data sets: all that training refuses, drops or clips."""
+
+import argparse
+import logging
+import os
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from typing import Dict, List, Tuple
+
+# First, so that importing Detectron2 is quiet.
+from balanced_d2.data import add_register_argument, check_registered, register_from
+from balanced_d2.data.check import check_files, coco_file, load
+from balanced_d2.data.check_coco import check_coco
+from balanced_d2.data.clean import Finding, examine, found
+from balanced_d2.errors import UserError, tell_user_errors
+
+# isort: split
+from detectron2.data import MetadataCatalog
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the findings of all data sets.
+
+    Raises:
+        UserError: if there is a finding that is refused.
+    """
+    register_from(args)
+    for name in args.names:
+        check_registered(name)
+    refused = [name for name in args.names if not check_dataset(name, args.images)]
+    if refused:
+        raise UserError(f"cannot be trained on: {', '.join(refused)}")
+
+
+def check_dataset(name: str, with_images: bool) -> bool:
+    """Print the findings and a summary of a data set; return whether nothing of it is refused."""
+    try:
+        with silent_warnings():
+            findings, records = findings_of(name)
+    except UserError as error:
+        print(f"refused: {error}")
+        return False
+    if with_images:
+        findings += image_findings(records)
+    for finding in findings:
+        print(f"data set {name!r}: {finding}")
+    if records:
+        print(summary(name, records))
+    else:
+        print(f"data set {name!r}: cannot be loaded until what is refused is mended")
+    return not any(finding.refused for finding in findings)
+
+
+@contextmanager
+def silent_warnings():
+    """Loading warns of what is dropped, which is going to be printed as a finding."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
+    """What is wrong in the annotations; the records without it, none if the file is refused.
+
+    Raises:
+        UserError: if the data set cannot be loaded at all.
+    """
+    check_files(name)
+    json_file = coco_file(name)
+    in_file = check_coco(name, json_file) if json_file else []
+    if any(finding.refused for finding in in_file):
+        return in_file, []
+    records = load(name)
+    if not records:
+        raise UserError(f"data set {name!r} has no images")
+    records, findings = examine(name, records)
+    # Of a file, all is found in the file already.
+    return in_file if json_file else findings, records
+
+
+def image_findings(records: List[Dict]) -> List[Finding]:
+    """Open every image of the records and decode it whole."""
+    wrong = {}
+    for record in tqdm(records, desc="images", unit="image"):
+        path = record["file_name"]
+        try:
+            with Image.open(path) as image:
+                image.load()
+                # Detectron2 turns images as their EXIF tells, before it looks at their size.
+                size = ImageOps.exif_transpose(image).size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            wrong[path] = "does not exist" if not os.path.exists(path) else str(error)
+            continue
+        expected = (record.get("width", size[0]), record.get("height", size[1]))
+        if size != expected:
+            wrong[path] = "is {} x {}, not {} x {}".format(*size, *expected)
+    return found(
+        "refused",
+        "image(s) cannot be trained on",
+        list(wrong),
+        lambda path: f"{path} ({wrong[path]})",
+        "replace them or remove them from the data set",
+    )
+
+
+def summary(name: str, records: List[Dict]) -> str:
+    annotations = [a for record in records for a in record.get("annotations", ())]
+    empty = sum(not record.get("annotations") for record in records)
+    counts = Counter(annotation["category_id"] for annotation in annotations)
+    classes = MetadataCatalog.get(name).get("thing_classes") or sorted(counts)
+    width = max(len(str(label)) for label in (*classes, "class"))
+    rows = [f"  {'class':<{width}}  annotations"]
+    rows += [f"  {label!s:<{width}}  {counts[i]:>11}" for i, label in enumerate(classes)]
+    return "\n".join(
+        [
+            f"data set {name!r}: {len(records)} images ({empty} without annotations), "
+            f"{len(annotations)} usable annotations, {len(classes)} classes",
+            *rows,
+        ]
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a registered data set")
+    parser.add_argument(
+        "--images", action="store_true", help="open every image too, which takes a while"
+    )
+    add_register_argument(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))
