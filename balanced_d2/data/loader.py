@@ -41,8 +41,8 @@ class TrainLoader:
     share the images of a batch, augmented as they would be in one process.
 
     Args:
-        dataset: Detectron2's standard dicts. Boxes that nothing can be learnt from are left out, see
-            :func:`balanced_d2.data.clean.clean`.
+        dataset: Detectron2's standard dicts. Boxes that nothing can be learnt from are left out
+            (:func:`balanced_d2.data.clean.clean`).
         mapper: turns such a dict into what the model takes, e.g. Detectron2's ``DatasetMapper``.
         total_batch_size: number of images that all processes load together for an iteration.
         num_workers: worker processes for loading, of each process; 0: none.
