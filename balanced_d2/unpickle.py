@@ -15,9 +15,13 @@ Names = Set[Tuple[str, str]]
 
 ARRAYS: Names = {
     *(
-        (f"numpy.{core}.multiarray", name)
+        (f"numpy.{core}.{module}", name)
         for core in ("core", "_core")  # NumPy 1 and 2
-        for name in ("_reconstruct", "scalar")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
     ),
     *(("numpy", name) for name in ("ndarray", "dtype")),
     ("collections", "OrderedDict"),

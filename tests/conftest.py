@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 
 import balanced_d2  # noqa: F401  # registration
+from balanced_d2.engine import argument_parser, run
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, with their subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -90,10 +94,10 @@ DEMO_CONFIG = "configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml"
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """The folder of a whole run of the demo: ``output/model_final.pth`` and ``datasets/``."""
+    """The folder of a shortened run of the demo: ``output/model_final.pth`` and ``datasets/``."""
     folder = tmp_path_factory.mktemp("demo")
     result = train_net(
-        *("OUTPUT_DIR", folder / "output"),
+        *("OUTPUT_DIR", folder / "output", "SOLVER.MAX_ITER", "110"),
         config=DEMO_CONFIG,
         env={"DETECTRON2_DATASETS": str(folder / "datasets")},
     )
@@ -131,6 +135,36 @@ def run_program(*arguments, env=None) -> subprocess.CompletedProcess:
 
 def train_net(*arguments, config=TINY_CONFIG, env=None) -> subprocess.CompletedProcess:
     return run_program("train_net.py", "--config-file", config, *arguments, env=env)
+
+
+@pytest.fixture
+def train_net_here(capfd):
+    """As :func:`train_net`, but in this process, which saves its start: for the many tests that are
+    not about the process itself."""
+    main = load_tool("train_net", folder=".").main
+
+    def run_main(*arguments, config=TINY_CONFIG) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        arguments = [str(argument) for argument in ("--config-file", config, *arguments)]
+        args = argument_parser().parse_args(arguments)
+        working_directory = os.getcwd()
+        os.chdir(ROOT)
+        try:
+            returncode = run(main, args)
+        except SystemExit as stop:  # after an error that has been told
+            returncode = stop.code
+        finally:
+            os.chdir(working_directory)
+            for name, _, _ in args.register:
+                DatasetCatalog.pop(name, None)
+                MetadataCatalog.pop(name, None)
+            # Loggers keep the streams of the test that they were set up in.
+            setup_logger.cache_clear()
+            for name in ("detectron2", "fvcore", "balanced_d2"):
+                logging.getLogger(name).handlers.clear()
+        return subprocess.CompletedProcess(arguments, returncode, *capfd.readouterr())
+
+    return run_main
 
 
 def assert_told(result: subprocess.CompletedProcess, *parts: str) -> None:

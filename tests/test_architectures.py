@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
@@ -15,7 +14,6 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from balanced_d2 import load_config
-from balanced_d2.engine import argument_parser, run
 from balanced_d2.errors import UserError
 from balanced_d2.lazy_config import load_lazy_config
 from balanced_d2.modeling import (
@@ -25,9 +23,12 @@ from balanced_d2.modeling import (
     BalancedFPN,
 )
 
-from .conftest import TINY_MODEL, load_tool
+from .conftest import TINY_MODEL
 
-R_18 = [*("MODEL.RESNETS.DEPTH", "18"), *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64")]
+R_18 = [
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),  # the weights are random
+]
 KEYPOINTS = [
     *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"),
     *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16, 16)"),
@@ -69,35 +70,27 @@ ARCHITECTURES = {
 }
 
 
-def run_here(config, json_file, output, *opts):
-    """What train_net.py does, in this process, which saves its start."""
-    arguments = ["--config-file", config, "--register", "tiny", json_file]
-    arguments += [json_file.parent / "images", *opts]
-    try:
-        args = argument_parser().parse_args([str(argument) for argument in arguments])
-        assert run(load_tool("train_net", folder=".").main, args) == 0
-    finally:  # another test may register the same name
-        DatasetCatalog.pop("tiny", None)
-        MetadataCatalog.pop("tiny", None)
+def metrics_of(result, output):
+    assert result.returncode == 0, result.stdout + result.stderr
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     return {key: value for line in lines for key, value in line.items()}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_trains_and_evaluates(name, tiny_coco, tmp_path):
+def test_trains_and_evaluates(name, tiny_coco, tmp_path, train_net_here):
     config, opts, logged, evaluated = ARCHITECTURES[name]
     output = tmp_path / "output"
-    metrics = run_here(
-        f"configs/{config}",
-        tiny_coco,
-        output,
+    result = train_net_here(
+        *("--register", "tiny", tiny_coco, tiny_coco.parent / "images"),
         *(*TINY_MODEL, *R_18, *opts),
         *("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)"),
         # After two iterations the scores are almost 0, or 0.
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "-1.0", "SOLVER.BASE_LR", "0.001"),
         *("MODEL.WEIGHTS", "", "OUTPUT_DIR", output, "DATALOADER.NUM_WORKERS", "0"),
         *("SOLVER.STEPS", "()", "SEED", "1"),
+        config=f"configs/{config}",
     )
+    metrics = metrics_of(result, output)
     assert metrics["iteration"] == 2 and math.isfinite(metrics["total_loss"])
     names = {key.split("/", 1)[1] if key.startswith("stage") else key for key in metrics}
     assert logged <= names, logged - names
@@ -330,20 +323,20 @@ def test_lazy_twin_is_the_same_model(name):
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
-def test_lazy_config_trains_and_evaluates(name, tiny_coco, tmp_path):
+def test_lazy_config_trains_and_evaluates(name, tiny_coco, tmp_path, train_net_here):
     output = tmp_path / "output"
     num_classes = "model.roi_heads.num_classes" if name == "faster_rcnn" else "model.num_classes"
-    metrics = run_here(
-        LAZY.format(name) + ".py",
-        tiny_coco,
-        output,
+    result = train_net_here(
+        *("--register", "tiny", tiny_coco, tiny_coco.parent / "images"),
         *(f"{num_classes}=2", "train.init_checkpoint=''", f"train.output_dir={output}"),
         *("train.max_iter=2", "dataloader.train.total_batch_size=1"),
         *(f"dataloader.{part}.dataset.names=tiny" for part in ("train", "test")),
         *(f"dataloader.{part}.num_workers=0" for part in ("train", "test")),
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
         "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        config=LAZY.format(name) + ".py",
     )
+    metrics = metrics_of(result, output)
     assert metrics["iteration"] == 2 and math.isfinite(metrics["total_loss"])
     assert "bbox/AP" in metrics
     assert "BalancedFPN" in (output / "config.yaml").read_text()

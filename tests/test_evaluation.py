@@ -54,7 +54,7 @@ def evaluate(evaluator, content):
 def test_coco(dataset, tmp_path):
     content = dataset("coco")
     evaluator = build_evaluator("test_evaluation", str(tmp_path))
-    assert type(evaluator) is COCOEvaluator
+    assert isinstance(evaluator, COCOEvaluator)
     assert evaluate(evaluator, content)["AP"] == pytest.approx(100)
 
 

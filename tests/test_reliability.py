@@ -24,14 +24,13 @@ from balanced_d2.evaluation import build_evaluator
 from balanced_d2.randomness import seed_all, seeded
 from balanced_d2.unpickle import load_inert
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, write_coco
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_told, write_coco
 
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "2"))
 
 
-def arguments(json_file, output, *opts, launcher=(sys.executable,)):
+def arguments(json_file, output, *opts):
     return [
-        *(*launcher, ROOT / "train_net.py", "--config-file", ROOT / TINY_CONFIG),
         *("--register", "tiny", json_file, json_file.parent / "images"),
         *(*TINY_MODEL, "DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "()"),
         *("OUTPUT_DIR", output, "SEED", "1", "SOLVER.CHECKPOINT_PERIOD", "3"),
@@ -39,15 +38,16 @@ def arguments(json_file, output, *opts, launcher=(sys.executable,)):
     ]
 
 
-def start(command, **kwargs):
+def start(arguments, launcher=(sys.executable,), **kwargs):
+    command = [*launcher, ROOT / "train_net.py", "--config-file", ROOT / TINY_CONFIG, *arguments]
     command = [str(part) for part in command]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
     )
 
 
-def finish(command, **kwargs):
-    process = start(command, **kwargs)
+def finish(arguments, launcher=(sys.executable,), **kwargs):
+    process = start(arguments, launcher, **kwargs)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -67,11 +67,6 @@ def uninterrupted(tiny_coco, tmp_path_factory):
     returncode, text = finish(arguments(tiny_coco, output))
     assert returncode == 0, text
     return output
-
-
-def with_resume(command):
-    position = command.index("--config-file")
-    return [*command[:position], "--resume", *command[position:]]
 
 
 @pytest.mark.parametrize("kill", range(NUM_KILLS))
@@ -96,8 +91,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
     for checkpoint in output.glob("*.pth"):
         assert torch.load(checkpoint, weights_only=True)["model"]
 
-    resumed = with_resume(arguments(tiny_coco, output))
-    returncode, text = finish(resumed)
+    returncode, text = finish(["--resume", *arguments(tiny_coco, output)])
     assert returncode == 0, text
     assert_same_weights(weights(output), weights(uninterrupted))
 
@@ -122,34 +116,31 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
     assert (output / "last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
 
 
-def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path):
+def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path, train_net_here):
     output = tmp_path / "output"
     shutil.copytree(uninterrupted, output)
     content = (output / "model_final.pth").read_bytes()
     (output / "model_final.pth").write_bytes(content[: len(content) // 2])
     (output / "model_0000011.pth").write_bytes(b"")
     (output / "last_checkpoint").write_text("")
-    returncode, text = finish(with_resume(arguments(tiny_coco, output)))
-    assert returncode == 0, text
+    result = train_net_here("--resume", *arguments(tiny_coco, output))
+    text = result.stdout
+    assert result.returncode == 0, text
     for name in ("model_final.pth", "model_0000011.pth"):
         assert f"{output / name} cannot be read and is passed over" in text
     assert "Starting training from iteration 9" in text
     assert_same_weights(weights(output), weights(uninterrupted))
 
 
-def test_loss_that_is_not_finite(tiny_coco, tmp_path):
+def test_loss_that_is_not_finite(tiny_coco, tmp_path, train_net_here):
     output = tmp_path / "output"
-    returncode, text = finish(
-        arguments(
-            tiny_coco,
-            output,
-            *("SOLVER.BASE_LR", "1e18", "SOLVER.WARMUP_ITERS", "0"),
-            *("SOLVER.CLIP_GRADIENTS.ENABLED", "False"),
-        )
+    result = train_net_here(
+        *arguments(tiny_coco, output),
+        *("SOLVER.BASE_LR", "1e18", "SOLVER.WARMUP_ITERS", "0"),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", "False"),
     )
-    assert returncode == 2 and "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert "error: iteration " in line and ".jpg" in line and "Learning rate: " in line
+    assert result.returncode == 2
+    assert_told(result, "error: iteration ", ".jpg", "Learning rate: ")
     assert not list(output.glob("*.pth"))
 
 
@@ -322,19 +313,17 @@ def test_bad_images(num_workers, caplog):
         take(loader(skip_bad_images=True, max_bad_images=1), 4)
 
 
-def test_a_bad_image_in_a_training(tmp_path):
+def test_a_bad_image_in_a_training(tmp_path, train_net_here):
     json_file = write_coco(tmp_path / "data")
     image = json_file.parent / "images" / "3.jpg"
     image.write_bytes(image.read_bytes()[:200])
-    returncode, text = finish(arguments(json_file, tmp_path / "output"))
-    assert returncode == 2 and "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert str(image) in line and "SKIP_BAD_IMAGES" in line
-    returncode, text = finish(
-        arguments(json_file, tmp_path / "output", "DATALOADER.SKIP_BAD_IMAGES", "True")
+    result = train_net_here(*arguments(json_file, tmp_path / "output"))
+    assert_told(result, str(image), "SKIP_BAD_IMAGES")
+    result = train_net_here(
+        *arguments(json_file, tmp_path / "output", "DATALOADER.SKIP_BAD_IMAGES", "True")
     )
-    assert returncode == 0, text
-    assert text.count("skipped (1 of at most 100)") == 1
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("skipped (1 of at most 100)") == 1
 
 
 def test_wrong_batch_size():
@@ -342,25 +331,24 @@ def test_wrong_batch_size():
         TrainLoader(records(), mapper=augment, total_batch_size=0)
 
 
-def test_normalizer_of_retinanet_is_part_of_the_checkpoint(tiny_coco, tmp_path):
+def test_normalizer_of_retinanet_is_part_of_the_checkpoint(tiny_coco, tmp_path, train_net_here):
     """It is a running mean of Detectron2's that is no buffer."""
-    command = arguments(tiny_coco, tmp_path / "output")
-    command[command.index("--config-file") + 1] = (
-        ROOT / "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml"
-    )
-    retinanet = [
+    output = tmp_path / "output"
+    command = [
+        *arguments(tiny_coco, output),
         *("MODEL.RETINANET.NUM_CLASSES", "2", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", "18"),
         *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "SOLVER.BASE_LR", "0.0001"),
         *("SOLVER.MAX_ITER", "6", "SOLVER.STEPS", "()"),
     ]
-    returncode, text = finish([*command, *retinanet])
-    assert returncode == 0, text
-    expected = weights(tmp_path / "output")
+    config = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml"
+    result = train_net_here(*command, config=config)
+    assert result.returncode == 0, result.stderr
+    expected = weights(output)
     for name in ("model_final.pth", "model_0000005.pth"):
-        (tmp_path / "output" / name).unlink()
-    returncode, text = finish([*with_resume(command), *retinanet])
-    assert returncode == 0 and "Starting training from iteration 3" in text, text
-    assert_same_weights(weights(tmp_path / "output"), expected)
+        (output / name).unlink()
+    result = train_net_here("--resume", *command, config=config)
+    assert result.returncode == 0 and "Starting training from iteration 3" in result.stdout
+    assert_same_weights(weights(output), expected)
 
 
 # Evaluation
@@ -402,8 +390,8 @@ def test_two_processes_train_as_one(tiny_coco, tmp_path):
     results = []
     for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
         output = tmp_path / name
-        command = arguments(tiny_coco, output, *all_sampled, launcher=launcher)
-        returncode, text = finish(command, env=ONE_THREAD)
+        command = arguments(tiny_coco, output, *all_sampled)
+        returncode, text = finish(command, launcher, env=ONE_THREAD)
         assert returncode == 0, text
         detections = json.loads((output / "inference/coco_instances_results.json").read_text())
         results.append((losses(output)[-1], sorted(d["image_id"] for d in detections)))
@@ -417,8 +405,7 @@ def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
     """A worker is killed; torchrun starts all anew, and they go on from the last checkpoint."""
     output = tmp_path / "output"
     launcher = (*TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.1")
-    command = arguments(tiny_coco, output, "SOLVER.MAX_ITER", "40", launcher=launcher)
-    process = start(command, env=ONE_THREAD)
+    process = start(arguments(tiny_coco, output, "SOLVER.MAX_ITER", "40"), launcher, env=ONE_THREAD)
     while not (output / "model_0000005.pth").exists() and process.poll() is None:
         time.sleep(0.01)
     workers = subprocess.run(
@@ -433,8 +420,8 @@ def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
 
 
 def test_wrong_number_of_processes(tiny_coco, tmp_path):
-    command = arguments(tiny_coco, tmp_path, "SOLVER.IMS_PER_BATCH", "3", launcher=TORCHRUN)
-    returncode, text = finish(command, env=ONE_THREAD)
+    command = arguments(tiny_coco, tmp_path, "SOLVER.IMS_PER_BATCH", "3")
+    returncode, text = finish(command, TORCHRUN, env=ONE_THREAD)
     assert returncode != 0
     assert (
         "SOLVER.IMS_PER_BATCH) is 3; it has to be a multiple of the number of processes, 2" in text

@@ -226,9 +226,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("make, parts", MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_told(make, parts, tiny_coco, tmp_path):
+def test_mistakes_are_told(make, parts, tiny_coco, tmp_path, train_net_here):
     case = make(tiny_coco, tmp_path)
     if "--num-gpus" in case["arguments"] and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert_told(train_net(*case.pop("arguments"), **case), *parts)
+    assert_told(train_net_here(*case.pop("arguments"), **case), *parts)
     assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_mistake_ends_the_program(tiny_coco, tmp_path):
+    make, parts = MISTAKES["wrong number of classes"]
+    assert_told(train_net(*make(tiny_coco, tmp_path)["arguments"]), *parts)

@@ -44,10 +44,18 @@ def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
                 f"{torch.cuda.device_count()} GPU(s)"
             )
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    num_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    store, rank, num_processes = next(distributed.rendezvous("env://"))
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        # The store outlives a restart, with the addresses of processes that are no more.
+        store=distributed.PrefixStore(f"start {num_restarts}", store),
+        rank=rank,
+        world_size=num_processes,
+    )
     try:
         create_local_process_group(num_local)
-        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0:
+        if num_restarts > 0:
             args.resume = True
         main(args)
     finally:

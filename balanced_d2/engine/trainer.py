@@ -72,8 +72,11 @@ class BalancedTrainer(DefaultTrainer):
             given.extend(inputs[0])
 
         handle = self._trainer.model.register_forward_pre_hook(keep)
+        # PyTorch optimises Detectron2's scripts after their first runs, which rounds otherwise.
+        on_cpu = self.cfg.MODEL.DEVICE == "cpu"
         try:
-            super().run_step()
+            with torch.jit.optimized_execution(not on_cpu):
+                super().run_step()
         except FloatingPointError as error:  # raised before the weights are changed
             rates = sorted({group["lr"] for group in self._trainer.optimizer.param_groups})
             raise StopTraining(
