@@ -385,20 +385,28 @@ def test_two_processes_train_as_one(tiny_coco, tmp_path):
         *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4000", "MODEL.RESNETS.NORM", "FrozenBN"),
         *("SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001"),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "-1.0"),
         *("DATASETS.TEST", "('tiny',)", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
     ]
-    results = []
     for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
-        output = tmp_path / name
-        command = arguments(tiny_coco, output, *all_sampled)
+        command = arguments(tiny_coco, tmp_path / name, *all_sampled)
         returncode, text = finish(command, launcher, env=ONE_THREAD)
         assert returncode == 0, text
-        detections = json.loads((output / "inference/coco_instances_results.json").read_text())
-        results.append((losses(output)[-1], sorted(d["image_id"] for d in detections)))
-    (one, one_images), (two, two_images) = results
-    assert two["total_loss"] == pytest.approx(one["total_loss"], rel=0.03)
-    assert set(one_images) == set(two_images)
+    one, two = (losses(tmp_path / name)[-1]["total_loss"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.03)
     assert not list((tmp_path / "two").glob("**/*rank1*.pth"))
+
+    # Evaluated by two processes, the model of the one gives the same detections.
+    evaluation = ["--eval-only", *arguments(tiny_coco, tmp_path / "evaluated", *all_sampled)]
+    weights_of_one = ["MODEL.WEIGHTS", tmp_path / "one" / "model_final.pth"]
+    returncode, text = finish([*evaluation, *weights_of_one], TORCHRUN, env=ONE_THREAD)
+    assert returncode == 0, text
+    expected, got = (
+        json.loads((tmp_path / name / "inference/coco_instances_results.json").read_text())
+        for name in ("one", "evaluated")
+    )
+    by_score = sorted(expected, key=lambda d: (d["image_id"], -d["score"], d["bbox"]))
+    assert by_score and sorted(got, key=lambda d: (d["image_id"], -d["score"], d["bbox"])) == by_score
 
 
 def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
