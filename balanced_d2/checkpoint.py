@@ -1,18 +1,18 @@
 """Checkpoints that are whole or not there, and loading that runs no code and hides no misfit."""
 
-import contextlib
 import errno
 import logging
 import os
 import pickle
 import shutil
-from typing import IO, Iterator, List, Tuple
+from typing import List, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from balanced_d2.errors import StopTraining, UserError
+from balanced_d2.errors import StopTraining, UserError, first_of
+from balanced_d2.files import check_writable, open_replacing
 from balanced_d2.unpickle import check_arrays
 
 # What reading a file that is no checkpoint, or a damaged one, ends in.
@@ -120,15 +120,8 @@ def check_space(folder: str, needed: int) -> None:
         folder: made if it is not there.
         needed: size of the file in bytes.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        probe = os.path.join(folder, f".writable-{os.getpid()}")
-        with open(probe, "wb"):
-            pass
-        os.remove(probe)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"cannot write to OUTPUT_DIR {folder}: {error.strerror}") from error
+    check_writable(os.path.join(folder, "checkpoint"), "OUTPUT_DIR")
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"OUTPUT_DIR {folder}: a checkpoint takes about {needed / 2**20:,.0f} MiB, but only "
@@ -148,10 +141,8 @@ class _FittingCheckpointer(BalancedCheckpointer):
             ),
         ]
         if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ValueError(
-                "it does not hold the model that the config describes: "
-                f"{'; '.join(problems[:3])}{more}"
+                "it does not hold the model that the config describes: " + first_of(problems)
             )
 
 
@@ -167,22 +158,7 @@ class _AtomicWrites:
     def open(self, path: str, mode: str = "r", **kwargs):
         if "w" not in mode or "://" in path:
             return self._path_manager.open(path, mode, **kwargs)
-        return _replacing(path, mode, **kwargs)
-
-
-@contextlib.contextmanager
-def _replacing(path: str, mode: str, **kwargs) -> Iterator[IO]:
-    partial = f"{path}.partial"
-    with open(partial, mode, **kwargs) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
+        return open_replacing(path, mode, **kwargs)
 
 
 def _newest(folder: str) -> str:

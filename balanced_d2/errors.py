@@ -1,7 +1,7 @@
 """Errors that are the user's to mend, and how programs tell them."""
 
 import sys
-from typing import Callable, Collection
+from typing import Callable, Collection, Sequence
 
 EXIT_USER_ERROR = 2
 
@@ -27,6 +27,12 @@ class StopTraining(BaseException):
     def __init__(self, message: str, exit_code: int = EXIT_USER_ERROR):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_of(problems: Sequence[str], number: int = 3) -> str:
+    """The first few of many problems as one text, with how many more there are."""
+    more = f" and {len(problems) - number} more" if len(problems) > number else ""
+    return "; ".join(problems[:number]) + more
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

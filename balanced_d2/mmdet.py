@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from balanced_d2.errors import UserError
+from balanced_d2.errors import UserError, first_of
 
 # Modules of MMDetection and what Detectron2, or this project, calls them. {i} stands for a number
 # and {i+2} or {2i} for another that is computed from it. The first row that fits counts.
@@ -187,8 +187,7 @@ def convert(state: State, recognised: Recognised, cfg: CfgNode) -> State:
         ),
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"it does not hold a {recognised}: {'; '.join(problems[:3])}{more}")
+        raise UserError(f"it does not hold a {recognised}: {first_of(problems)}")
     converted = {name: state[old_names[name]] for name in expected}
     for name in converted:
         if name.rpartition(".")[0] in PER_ANCHOR:

@@ -177,6 +177,11 @@ def assert_told(result: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in errors[0]
 
 
+def logged(output: Path) -> list:
+    """The lines of a run's metrics.json."""
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
 def load_tool(name: str, folder: str = "tools"):
     """A program of ``tools/``, or of another folder, as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")

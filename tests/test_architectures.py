@@ -1,7 +1,6 @@
 """Every kind of detector: trained and evaluated from its config, and its parts by themselves."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -23,7 +22,7 @@ from balanced_d2.modeling import (
     BalancedFPN,
 )
 
-from .conftest import TINY_MODEL
+from .conftest import TINY_MODEL, logged
 
 R_18 = [
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
@@ -72,8 +71,7 @@ ARCHITECTURES = {
 
 def metrics_of(result, output):
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    return {key: value for line in lines for key, value in line.items()}
+    return {key: value for line in logged(output) for key, value in line.items()}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

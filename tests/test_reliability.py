@@ -24,7 +24,7 @@ from balanced_d2.evaluation import build_evaluator
 from balanced_d2.randomness import seed_all, seeded
 from balanced_d2.unpickle import load_inert
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_told, write_coco
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_told, logged, write_coco
 
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "2"))
 
@@ -375,8 +375,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def losses(output):
-    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    return [line for line in lines if "total_loss" in line]
+    return [line for line in logged(output) if "total_loss" in line]
 
 
 def test_two_processes_train_as_one(tiny_coco, tmp_path):

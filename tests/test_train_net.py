@@ -8,7 +8,7 @@ import cv2
 import pytest
 import torch
 
-from .conftest import TINY_MODEL, assert_told, run_program, train_net
+from .conftest import TINY_MODEL, assert_told, logged, run_program, train_net
 
 COMPONENTS_OFF = [
     *("MODEL.BALANCED_FPN.ENABLED", "False"),
@@ -27,10 +27,6 @@ def tiny_run(json_file, output, *more):
         *("OUTPUT_DIR", output),
         *("SEED", "1"),
     ]
-
-
-def logged(output):
-    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

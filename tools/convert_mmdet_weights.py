@@ -13,7 +13,7 @@ from pathlib import Path
 import balanced_d2.mmdet as mmdet
 from balanced_d2.config import load_config
 from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.export.files import check_writable, replacing
+from balanced_d2.files import check_writable, replacing
 from balanced_d2.unpickle import load_inert
 
 # isort: split

@@ -11,10 +11,10 @@ from torch import nn
 from balanced_d2.compat import no_export_warnings
 from balanced_d2.errors import UserError, check_choice
 from balanced_d2.export.deployable import Deployable
-from balanced_d2.export.files import replacing
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import scripted_batched_nms
 from balanced_d2.export.tracing import traceable
+from balanced_d2.files import replacing
 
 METHODS = ("tracing", "scripting")
 
