@@ -44,6 +44,13 @@ def perfect_detections(content):
         yield {"image_id": image["id"]}, {"instances": instances}
 
 
+def nothing_detected():
+    instances = Instances((64, 80))
+    instances.pred_boxes = Boxes(torch.zeros(0, 4))
+    instances.scores, instances.pred_classes = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    return instances
+
+
 def evaluate(evaluator, content):
     evaluator.reset()
     for inputs, outputs in perfect_detections(content):
@@ -71,8 +78,12 @@ def test_lvis(dataset, tmp_path):
     json_file.write_text(json.dumps(content))
     MetadataCatalog.get("test_evaluation").__dict__["json_file"] = str(json_file)
     evaluator = build_evaluator("test_evaluation", str(tmp_path))
-    assert type(evaluator) is LVISEvaluator
+    assert isinstance(evaluator, LVISEvaluator)
     assert evaluate(evaluator, content)["AP"] == pytest.approx(100)
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], [{"instances": nothing_detected()}])
+    results = evaluator.evaluate()["bbox"]
+    assert "APr" in results and set(results.values()) == {0.0}
 
 
 def test_pascal_voc(dataset, tmp_path):

@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from typing import Callable, Container, Dict, List
+from typing import Any, Callable, Container, Dict, List
 
 import numpy as np
+import orjson
 from detectron2.utils.file_io import PathManager
 
 from balanced_d2.data.clean import Finding, as_boxes, box_findings, found, judge
@@ -46,8 +47,8 @@ def _findings(content: Dict, json_file: str, evaluated: bool) -> List[Finding]:
 def _read(name: str, json_file: str, evaluated: bool) -> Dict:
     with told_as_annotation_error(name, json_file):
         try:
-            with open(PathManager.get_local_path(json_file)) as file:
-                content = json.load(file)
+            with open(PathManager.get_local_path(json_file), "rb") as file:
+                content = _parse(file.read())
         except OSError as error:
             raise UserError(
                 f"data set {name!r}: cannot read {json_file}: {error.strerror}"
@@ -64,6 +65,14 @@ def _read(name: str, json_file: str, evaluated: bool) -> Dict:
             if not content[key]:
                 raise ValueError(f"{key!r} is empty")
     return content
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        # Also of NaN, which only Python takes for a number, and which is to be found in its place.
+        return json.loads(text)
 
 
 def _ids(kind: str, items: List[Dict], types: tuple) -> List[Finding]:

@@ -1,6 +1,7 @@
 """The evaluator of a data set, by its ``evaluator_type``."""
 
-from typing import Sequence
+import logging
+from typing import Dict, Sequence
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -19,10 +20,22 @@ class _COCOEvaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        if coco_eval is not None:
-            return results
-        self._logger.warning(f"nothing was detected: every AP of {iou_type} is 0")
-        return dict.fromkeys(results, 0.0)
+        return results if coco_eval is not None else _zeros(results, iou_type, self._logger)
+
+
+class _LVISEvaluator(LVISEvaluator):
+    """Detectron2's, with an AP of 0 where nothing was detected, which it calls NaN."""
+
+    def _eval_predictions(self, predictions):
+        super()._eval_predictions(predictions)
+        if not any(prediction["instances"] for prediction in predictions):
+            for task, results in self._results.items():
+                self._results[task] = _zeros(results, task, self._logger)
+
+
+def _zeros(results: Dict[str, float], task: str, logger: logging.Logger) -> Dict[str, float]:
+    logger.warning(f"nothing was detected: every AP of {task} is 0")
+    return dict.fromkeys(results, 0.0)
 
 
 def _coco(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
@@ -31,7 +44,7 @@ def _coco(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> Datase
 
 def _lvis(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
     mend_lvis()
-    return LVISEvaluator(name, output_dir=output_dir)
+    return _LVISEvaluator(name, output_dir=output_dir)
 
 
 def _pascal_voc(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
