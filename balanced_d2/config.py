@@ -58,6 +58,14 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
     cfg.DATALOADER.MAX_BAD_IMAGES = 100
 
+    # How many images of each test data set TensorBoard shows with ground truth and detections,
+    # every time a training evaluates; 0: none.
+    cfg.TEST.NUM_IMAGES_SHOWN = 4
+
+    # Weights & Biases, which has to be installed (`pip install wandb`): whether what TensorBoard
+    # gets is sent there too, to which project and under which name (by default one that it gives).
+    cfg.WANDB = CN({"ENABLED": False, "PROJECT": "balanced_d2", "NAME": ""})
+
     # Of BalancedRetinaNet: whether boxes are clipped to the image before non-maximum suppression
     # too, as in MMDetection.
     cfg.MODEL.RETINANET.CLIP_BEFORE_NMS = False

@@ -12,9 +12,7 @@ from pathlib import Path
 # First, so that importing Detectron2 is quiet.
 import balanced_d2.export as export
 from balanced_d2.checkpoint import load_weights
-from balanced_d2.config import load_config
-from balanced_d2.data import add_register_argument, register_from
-from balanced_d2.engine.setup import check_weights
+from balanced_d2.engine.setup import add_model_arguments, check_weights, config_from
 from balanced_d2.errors import UserError, tell_user_errors
 
 # isort: split
@@ -27,12 +25,9 @@ EXTENSIONS = {"torchscript": "ts", "onnx": "onnx"}
 def main(args: argparse.Namespace) -> None:
     if args.format == "onnx" and args.method == "scripting":
         raise UserError("ONNX is written by tracing; leave out --method scripting")
-    register_from(args)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("nothing to export: set MODEL.WEIGHTS to a checkpoint")
-    check_weights(cfg)
+    check_weights(cfg, "export")
     path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
     export.check_writable(path)
     metadata = export.describe(cfg)
@@ -76,7 +71,6 @@ def verify(model, path, images, format):
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--format", choices=EXTENSIONS, default="torchscript")
     parser.add_argument(
@@ -94,10 +88,7 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="run the file in a fresh process and compare it with the model",
     )
-    add_register_argument(parser)
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options"
-    )
+    add_model_arguments(parser)
     return parser.parse_args()
 
 

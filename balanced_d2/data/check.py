@@ -6,14 +6,10 @@ from typing import Dict, Iterator, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import (
-    META_ARCH_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    GeneralizedRCNN,
-    RetinaNet,
-)
+from detectron2.modeling import ROI_HEADS_REGISTRY
 
 from balanced_d2.data.check_coco import check_coco
+from balanced_d2.data.classes import check_classes
 from balanced_d2.data.clean import Finding, clean, found, label_of, tell
 from balanced_d2.data.coco import told_as_annotation_error
 from balanced_d2.errors import UserError
@@ -120,28 +116,6 @@ def check_files(name: str) -> None:
                 f"data set {name!r}: {path} does not exist (built-in data sets are looked for in "
                 "$DETECTRON2_DATASETS, by default ./datasets)"
             )
-
-
-def check_classes(name: str, cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if a data set and the model are known to differ in their classes."""
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    key, num_classes = num_classes_key(cfg)
-    if classes is not None and num_classes is not None and len(classes) != num_classes:
-        raise UserError(
-            f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}"
-            f"{', ...' if len(classes) > 5 else ''}), but {key} is {num_classes}; set it to "
-            f"{len(classes)}, or name the model's own data set (DATASETS)"
-        )
-
-
-def num_classes_key(cfg: CfgNode) -> tuple[str, Optional[int]]:
-    """The key that says how many classes the model has, and its value, where that is known."""
-    meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if issubclass(meta_architecture, GeneralizedRCNN):
-        return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if issubclass(meta_architecture, RetinaNet):
-        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
-    return "", None
 
 
 def _usable(records: List[Dict]) -> Iterator[Tuple[Dict, Dict]]:

@@ -6,7 +6,7 @@ from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 from omegaconf import DictConfig
 
-from balanced_d2.engine.trainer import BalancedTrainer
+from balanced_d2.engine.trainer import BalancedTrainer, with_bar
 
 
 def lazy_trainer(lazy: DictConfig) -> Type[BalancedTrainer]:
@@ -39,6 +39,6 @@ def lazy_trainer(lazy: DictConfig) -> Type[BalancedTrainer]:
         def build_test_loader(cls, cfg, dataset_name):
             loader = lazy.dataloader.test.copy()
             loader.dataset.names = dataset_name
-            return instantiate(loader)
+            return with_bar(instantiate(loader), dataset_name)
 
     return LazyTrainer

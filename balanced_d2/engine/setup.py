@@ -16,6 +16,7 @@ from balanced_d2.data.check import check_datasets, check_samplers, check_solver
 from balanced_d2.data.register import add_register_argument, register_from
 from balanced_d2.engine.lazy import lazy_trainer
 from balanced_d2.engine.trainer import BalancedTrainer
+from balanced_d2.engine.wandb import check_wandb
 from balanced_d2.errors import UserError
 from balanced_d2.lazy_config import is_lazy, load_lazy_config, trainer_config
 
@@ -30,6 +31,33 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add_register_argument(parser)
     return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config-file``, ``--register`` and ``KEY VALUE`` pairs, for :func:`config_from`."""
+    parser.add_argument("--config-file", required=True, metavar="FILE.yaml")
+    add_register_argument(parser)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options"
+    )
+
+
+def config_from(args: argparse.Namespace) -> CfgNode:
+    """Register the user's data sets and load the config, for programs that do not train.
+
+    Args:
+        args: parsed with :func:`add_model_arguments`.
+
+    Raises:
+        UserError: on anything in them that is the user's to mend.
+    """
+    if is_lazy(args.config_file):
+        raise UserError(
+            f"config file {args.config_file}: a LazyConfig can be trained and evaluated, but this "
+            "program takes YAML configs"
+        )
+    register_from(args)
+    return load_config(args.config_file, args.opts)
 
 
 def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
@@ -69,6 +97,7 @@ def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
     default_setup(to_save, args)
     if not args.eval_only:
         check_solver(cfg)
+        check_wandb(cfg)
     check_samplers(cfg)
     check_datasets(cfg, train=not args.eval_only, annotations=not args.skip_data_check)
     return trainer, cfg
@@ -86,8 +115,14 @@ def use_available_device(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.ENABLED = False
 
 
-def check_weights(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if ``MODEL.WEIGHTS`` is set, but to no file."""
+def check_weights(cfg: CfgNode, purpose: str = "") -> None:
+    """Raise :class:`UserError` if ``MODEL.WEIGHTS`` is set to no file, or is not set but needed.
+
+    Args:
+        purpose: what cannot be done without trained weights, such as "export".
+    """
     weights = cfg.MODEL.WEIGHTS
+    if purpose and not weights:
+        raise UserError(f"nothing to {purpose}: set MODEL.WEIGHTS to a checkpoint")
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise UserError(f"MODEL.WEIGHTS: there is no file {weights}")

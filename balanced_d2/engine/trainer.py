@@ -3,19 +3,23 @@
 import logging
 import os
 import weakref
+from typing import Iterable
 
 import torch
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluators
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
 from balanced_d2.compat import ddp_on_any_device
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
 from balanced_d2.errors import StopTraining
-from balanced_d2.evaluation.build import build_evaluator
+from balanced_d2.engine.wandb import start_wandb
+from balanced_d2.evaluation import ValidationImages, build_evaluator
 
 
 class BalancedTrainer(DefaultTrainer):
@@ -56,7 +60,20 @@ class BalancedTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        evaluator = build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        if cfg.TEST.NUM_IMAGES_SHOWN == 0:
+            return evaluator
+        shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
+        return DatasetEvaluators([evaluator, shown])
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return with_bar(super().build_test_loader(cfg, dataset_name), dataset_name)
+
+    def build_writers(self):
+        if self.cfg.WANDB.ENABLED:
+            start_wandb(self.cfg)  # before TensorBoard's writer is made, whose events it copies
+        return super().build_writers()
 
     def resume_or_load(self, resume=True):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
@@ -123,6 +140,11 @@ class BalancedTrainer(DefaultTrainer):
             self._trainer.data_loader.load_state_dict(state_dict["loader"])
         else:
             logger.warning("the checkpoint does not say which images came next: the order is anew")
+
+
+def with_bar(test_loader: Iterable, dataset_name: str) -> Iterable:
+    """The loader, which shows in a terminal how far it is; a log file has Detectron2's lines."""
+    return tqdm(test_loader, desc=f"evaluating {dataset_name}", unit="batch", disable=None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,14 +1,10 @@
 """What an exported file says of itself, so that a program without the config can use it."""
 
-import logging
-from typing import List
-
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from balanced_d2.data.check import check_classes, num_classes_key
+from balanced_d2.data.classes import model_metadata, num_classes_key
 from balanced_d2.errors import UserError
 from balanced_d2.export.deployable import cannot_be_exported, output_names
 
@@ -46,35 +42,10 @@ def describe(cfg: CfgNode) -> dict:
             masks=has_roi_heads and cfg.MODEL.MASK_ON,
             keypoints=has_roi_heads and cfg.MODEL.KEYPOINT_ON,
         ),
-        "class_names": _class_names(cfg, num_classes),
+        "class_names": list(model_metadata(cfg).thing_classes),
         "input_format": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "score_threshold": part.SCORE_THRESH_TEST,
         "versions": {"torch": torch.__version__, "detectron2": detectron2.__version__},
     }
-
-
-def _class_names(cfg: CfgNode, num_classes: int) -> List[str]:
-    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = _names_of(dataset)
-        if names is not None:
-            check_classes(dataset, cfg)
-            return list(names)
-    logging.getLogger(__name__).warning(
-        "the class names are not known, since no data set of DATASETS.TEST and DATASETS.TRAIN is "
-        "at hand: numbers are stored in their place (--register makes a data set known)"
-    )
-    return [str(number) for number in range(num_classes)]
-
-
-def _names_of(dataset: str):
-    if dataset not in DatasetCatalog:
-        return None
-    metadata = MetadataCatalog.get(dataset)
-    if metadata.get("thing_classes") is None:  # known once the data set has been loaded
-        try:
-            DatasetCatalog.get(dataset)
-        except (OSError, UserError):
-            return None
-    return metadata.get("thing_classes")

@@ -6,14 +6,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
 from balanced_d2.errors import UserError
+from balanced_d2.visualization.pair import GAP, draw_pair, pad
 
-GAP = 8
 HEADER = 34
 
 
@@ -46,20 +44,21 @@ def draw_contact_sheet(
     records = DatasetCatalog.get(dataset_name)
     by_image = _group_by_image(dataset_name, records, predictions)
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
-    pairs = [
-        _draw_pair(
-            dataset_name, records[i], by_image[records[i]["image_id"]], threshold, tile_width
-        )
-        for i in tqdm(chosen, desc="drawing contact sheet", unit="image", disable=None)
-    ]
+    metadata = MetadataCatalog.get(dataset_name)
+    pairs = []
+    for record in tqdm(
+        [records[i] for i in chosen], desc="drawing contact sheet", unit="image", disable=None
+    ):
+        shown = [p for p in by_image[record["image_id"]] if p["score"] >= threshold]
+        pairs.append(draw_pair(record, _as_instances(shown, record), metadata, tile_width))
     height = max(pair.shape[0] for pair in pairs)
-    pairs = [_pad(pair, height + GAP, pair.shape[1] + GAP) for pair in pairs]
+    pairs = [pad(pair, height + GAP, pair.shape[1] + GAP) for pair in pairs]
     pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % columns)
     rows = [np.hstack(pairs[i : i + columns]) for i in range(0, len(pairs), columns)]
     header = np.full((HEADER, rows[0].shape[1], 3), 255, np.uint8)
     text = f"{dataset_name}: ground truth | detections with score >= {threshold:g}"
     cv2.putText(header, text, (4, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([header, *rows])
+    return np.vstack([header, *rows])[:, :, ::-1]
 
 
 def _group_by_image(
@@ -78,24 +77,14 @@ def _group_by_image(
     return by_image
 
 
-def _draw_pair(
-    dataset_name: str, record: Dict, predictions: List[Dict], threshold: float, tile_width: int
-) -> np.ndarray:
-    image = read_image(record["file_name"], format="RGB")
-    metadata = MetadataCatalog.get(dataset_name)
-    scale = tile_width / image.shape[1]
-    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
-    shown = [p for p in predictions if p["score"] >= threshold]
-    detections = Instances(image.shape[:2])
-    boxes = [BoxMode.convert(p["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for p in shown]
+def _as_instances(predictions: List[Dict], record: Dict) -> Instances:
+    detections = Instances((record["height"], record["width"]))
+    boxes = [
+        BoxMode.convert(p["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for p in predictions
+    ]
     detections.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
-    detections.scores = torch.tensor([p["score"] for p in shown])
-    detections.pred_classes = torch.tensor([p["category_id"] for p in shown], dtype=torch.long)
-    found = Visualizer(image, metadata, scale=scale).draw_instance_predictions(detections)
-    sides = [side.get_image()[:, :, ::-1] for side in (truth, found)]
-    return np.hstack([_pad(sides[0], sides[0].shape[0], sides[0].shape[1] + GAP // 2), sides[1]])
-
-
-def _pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    bottom, right = height - image.shape[0], width - image.shape[1]
-    return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(255,) * 3)
+    detections.scores = torch.tensor([p["score"] for p in predictions])
+    detections.pred_classes = torch.tensor(
+        [p["category_id"] for p in predictions], dtype=torch.long
+    )
+    return detections

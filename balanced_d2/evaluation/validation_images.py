@@ -1,0 +1,69 @@
+"""A few images of a data set with detections and ground truth, for TensorBoard."""
+
+from typing import Dict, List
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from balanced_d2.visualization.pair import draw_pair
+
+
+class ValidationImages(DatasetEvaluator):
+    """Draws images of a data set, ground truth on the left and detections on the right.
+
+    It gives no results, but puts the pictures into Detectron2's event storage, whose TensorBoard
+    writer writes them: ``DATASET/IMAGE_ID``. Where there is no storage, because nothing is being
+    trained, it does nothing.
+
+    Args:
+        dataset_name: a registered data set.
+        num_images: how many images, taken evenly from the data set: the same ones every time.
+        threshold: least score of a detection to be drawn.
+    """
+
+    def __init__(self, dataset_name: str, num_images: int = 4, threshold: float = 0.5):
+        self.dataset_name = dataset_name
+        self.num_images = num_images
+        self.threshold = threshold
+        self.reset()
+
+    def reset(self) -> None:
+        self._detections: Dict[object, Instances] = {}
+        self._records: List[Dict] = []
+        if _has_event_storage():
+            records = DatasetCatalog.get(self.dataset_name)
+            number = min(self.num_images, len(records))
+            chosen = np.linspace(0, len(records) - 1, number).round().astype(int)
+            self._records = [records[i] for i in chosen]
+        self._wanted = {record["image_id"] for record in self._records}
+
+    def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
+        for image, output in zip(inputs, outputs):
+            if image["image_id"] in self._wanted:
+                detections = output["instances"].to("cpu")
+                shown = detections[detections.scores >= self.threshold]
+                self._detections[image["image_id"]] = shown
+
+    def evaluate(self) -> None:
+        gathered = comm.gather(self._detections, dst=0)
+        detections = {image: found for part in gathered for image, found in part.items()}
+        metadata = MetadataCatalog.get(self.dataset_name)
+        for record in self._records:
+            image_id = record["image_id"]
+            if image_id in detections:
+                picture = draw_pair(record, detections[image_id], metadata)
+                get_event_storage().put_image(
+                    f"{self.dataset_name}/{image_id}", picture.transpose(2, 0, 1)
+                )
+
+
+def _has_event_storage() -> bool:
+    try:
+        get_event_storage()
+    except AssertionError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""Ground truth and detections of one image, side by side."""
+
+from typing import Dict
+
+import cv2
+import numpy as np
+from detectron2.data import Metadata
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+
+GAP = 8
+WHITE = (255, 255, 255)
+
+
+def draw_pair(
+    record: Dict, detections: Instances, metadata: Metadata, width: int = 320
+) -> np.ndarray:
+    """Draw an image twice: with its ground truth on the left, with detections on the right.
+
+    Args:
+        record: the image, as one of Detectron2's standard data set dicts.
+        detections: in pixels of the image, on the CPU; all of them are drawn.
+        metadata: of the data set, for the names of the classes.
+        width: width in pixels to which the image is scaled.
+
+    Returns:
+        uint8 image (H, 2 * width + 4, 3), RGB; the width is up to rounding.
+    """
+    image = read_image(record["file_name"], format="RGB")
+    scale = width / image.shape[1]
+    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record).get_image()
+    found = Visualizer(image, metadata, scale=scale).draw_instance_predictions(detections)
+    truth = pad(truth, truth.shape[0], truth.shape[1] + GAP // 2)
+    return np.hstack([truth, found.get_image()])
+
+
+def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image in the upper left corner of a white one of the given size."""
+    bottom, right = height - image.shape[0], width - image.shape[1]
+    return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=WHITE)
