@@ -37,6 +37,7 @@ lint: $(READY)
 	$(BIN)/ruff check --line-length 100 --select E,F,W,I,B,UP,SIM,C4 \
 		--ignore B905,UP006,UP035,UP045 --per-file-ignores "configs/*:F401"
 	$(BIN)/ruff format --line-length 100 --check
+	$(BIN)/mypy
 
 benchmark: $(READY)
 	$(BIN)/python tools/benchmark.py

@@ -43,7 +43,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
         super().__init__(model, save_dir, **kwargs)
-        self.path_manager = _AtomicWrites(self.path_manager)
+        self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
 
     def save(self, name: str, **kwargs) -> None:
         """

@@ -56,7 +56,8 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         if annotations:
             records = clean(name, records)
             tell(name, model_findings(cfg, name, records, name in trained))
-            usable += name in trained and sum(1 for _ in _usable(records))
+            if name in trained:
+                usable += sum(1 for _ in _usable(records))
     if trained and annotations and not usable:
         raise UserError(
             f"DATASETS.TRAIN ({', '.join(trained)}): there is no usable annotation to train on"

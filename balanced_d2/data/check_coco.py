@@ -144,11 +144,15 @@ def _reference_findings(content: Dict, annotations: List[Dict]) -> List[Finding]
     ):
         known = {item["id"] for item in items if isinstance(item.get("id"), (int, str))}
         unknown = [a for a in annotations if not _is_in(a.get(f"{key}_id"), known)]
+
+        def label(a: Dict, key: str = key) -> str:
+            return f"annotation {a.get('id')} ({key} {a.get(f'{key}_id')!r})"
+
         findings += found(
             "refused",
             f"annotation(s) belong to no {key} of the file",
             unknown,
-            lambda a, key=key: f"annotation {a.get('id')} ({key} {a.get(f'{key}_id')!r})",
+            label,
             f"remove them or add the {plural}",
         )
     return findings

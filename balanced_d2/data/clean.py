@@ -1,7 +1,7 @@
 """What is wrong in the annotations of a data set, and records without it."""
 
 import logging
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -14,6 +14,8 @@ MAX_EXAMPLES = 10
 # A box that reaches less than this many pixels outside its image is clipped without a word: files
 # hold rounded numbers.
 ROUNDING = 0.5
+
+Item = TypeVar("Item")
 
 
 class Finding(NamedTuple):
@@ -211,7 +213,7 @@ def judge(boxes: np.ndarray, sizes: np.ndarray) -> Judged:
         sizes: (N, 2), width and height of each one's image, NaN where unknown.
     """
     start, end = boxes[:, :2], boxes[:, 2:]
-    empty = (end <= start).any(axis=1)
+    empty = np.any(end <= start, axis=1)
     # Comparisons with NaN are false, which is what an unknown size asks for.
     known = ~np.isnan(sizes).any(axis=1)
     outside = ~empty & known & ((end <= 0) | (start >= sizes)).any(axis=1)
@@ -278,8 +280,8 @@ def box_findings(
 def found(
     outcome: str,
     what: str,
-    where: Sequence,
-    label: Callable[[object], str],
+    where: Sequence[Item] | np.ndarray,
+    label: Callable[[Item], str],
     advice: str = "",
 ) -> List[Finding]:
     """A list of one finding, or of none if ``where`` is empty. ``label`` names one of ``where``."""

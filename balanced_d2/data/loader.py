@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import defaultdict
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -134,14 +134,14 @@ class TrainLoader:
             collate_fn=list,
             generator=torch.Generator(),  # or it draws from the one that the model draws from
         )
-        skipped = set()
+        skipped: Set[BadImage] = set()
         for batch in loader:
             for _, bad_images in batch:
                 self._report(bad_images, skipped)
             self.position += 1
             yield [sample for sample, _ in batch]
 
-    def _report(self, bad_images: Sequence[BadImage], skipped: set) -> None:
+    def _report(self, bad_images: Sequence[BadImage], skipped: Set[BadImage]) -> None:
         for bad in bad_images:
             if bad in skipped:
                 continue
@@ -184,7 +184,7 @@ class _Batches(Sampler):
         self.seed, self.position = seed, position
 
     def __iter__(self) -> Iterator[List[Tuple[Tuple[int, ...], int]]]:
-        waiting = defaultdict(list)
+        waiting: Dict[bool, List] = defaultdict(list)
         num_batches = 0
         # Of the stream of images that the samplers of all processes take turns in.
         numbers = itertools.count(comm.get_rank(), comm.get_world_size())

@@ -93,7 +93,8 @@ def _draw_splits(folder: Path, config: ShapesConfig) -> None:
     )
     for index, (split, num_images) in enumerate(SPLITS.items()):
         (folder / split).mkdir()
-        images, annotations = [], []
+        images: List[Dict] = []
+        annotations: List[Dict] = []
         for image_id in range(1, num_images + 1):
             rng = np.random.default_rng((config.seed, index, image_id))
             image, shapes = draw_image(rng, config)
@@ -136,7 +137,9 @@ def draw_image(
     """
     image = _draw_background(rng, config.image_size)
     _draw_clutter(rng, image)
-    categories, masks, visible = [], [], []
+    categories: List[int] = []
+    masks: List[np.ndarray] = []
+    visible: List[np.ndarray] = []
     for _ in range(int(rng.integers(*config.shapes_per_image, endpoint=True))):
         category = int(rng.integers(len(CLASSES)))
         mask = _place(rng, CLASSES[category], config, masks, visible)
@@ -144,8 +147,9 @@ def draw_image(
             continue
         _paint(rng, image, mask, HUES[category])
         visible = [part & ~mask for part in visible]
-        for values, value in ((categories, category), (masks, mask), (visible, mask)):
-            values.append(value)
+        categories.append(category)
+        masks.append(mask)
+        visible.append(mask)
     image = cv2.GaussianBlur(image, (3, 3), 0.5)
     image = image + rng.normal(0, rng.uniform(2, 8), image.shape)
     shapes = [(c, list(cv2.boundingRect(mask))) for c, mask in zip(categories, masks)]
@@ -233,7 +237,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, hue: i
     """Fill the mask with a colour near the hue, a little uneven."""
     inside = mask.astype(bool)
     hsv = [(hue + rng.uniform(-10, 10)) % 180, rng.uniform(130, 255), rng.uniform(110, 255)]
-    colour = cv2.cvtColor(np.uint8([[hsv]]), cv2.COLOR_HSV2BGR)[0, 0]
-    shade = rng.uniform(0.85, 1.15, (4, 4)).astype(np.float32)
+    colour = cv2.cvtColor(np.array([[hsv]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0]
+    shade: np.ndarray = rng.uniform(0.85, 1.15, (4, 4)).astype(np.float32)
     shade = cv2.resize(shade, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     image[inside] = colour * shade[inside, None]

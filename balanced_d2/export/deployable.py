@@ -41,7 +41,7 @@ class Deployable(nn.Module):
         UserError: if the model is in training mode or of a kind that cannot be exported.
     """
 
-    def __init__(self, model: nn.Module, method: str = "tracing"):
+    def __init__(self, model: GeneralizedRCNN | RetinaNet, method: str = "tracing"):
         super().__init__()
         check_exportable(model, method)
         self.model = model

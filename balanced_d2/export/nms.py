@@ -39,7 +39,9 @@ def onnx_batched_nms(
         LongTensor: the indices of the boxes kept, from the highest score down.
     """
     num_groups = _max(idxs, 0) + 1
-    in_group = idxs == torch.arange(num_groups, device=idxs.device)[:, None]
+    # num_groups is a tensor, so that the graph computes it; torch declares numbers only.
+    numbers = torch.arange(num_groups, device=idxs.device)  # type: ignore[call-overload]
+    in_group = idxs == numbers[:, None]
     group_scores = torch.where(in_group, scores, torch.full_like(scores, -torch.inf))
     # The rounding of the move is part of the result that has to be reproduced.
     is_moved = shapes_to_tensor([boxes.shape[0]]) <= MAX_MOVED

@@ -94,7 +94,8 @@ def _take_devices_from_inputs(graph: torch.Graph) -> None:
     fails on any other device.
     """
     inputs = [value for value in graph.inputs() if _is_tensor(value)]
-    for node in graph.findAllNodes("prim::Constant"):
+    # torch has the method, but does not declare it.
+    for node in graph.findAllNodes("prim::Constant"):  # type: ignore[attr-defined]
         constant = node.output()
         if constant.type().kind() != "DeviceObjType":
             continue

@@ -12,8 +12,8 @@ from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from tabulate import tabulate
-from torch import nn
 from tqdm import tqdm
 
 from balanced_d2.compat import no_export_warnings
@@ -24,7 +24,7 @@ from balanced_d2.export.deployable import Deployable
 TOLERANCES = {"torchscript": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
 # The same for outputs that only some models have: a mask is a probability, a keypoint is x, y in
 # pixels and a score. Keypoints are not exported to ONNX.
-ADDITIONAL_TOLERANCES = {
+ADDITIONAL_TOLERANCES: Dict[str, Dict[str, Tuple[float, ...]]] = {
     "torchscript": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
     "onnx": {"masks": (1e-2,)},
 }
@@ -104,7 +104,11 @@ def _largest(difference: np.ndarray) -> float:
 
 
 def verify(
-    model: nn.Module, path: str, images: Sequence[torch.Tensor], format: str, runner: str
+    model: GeneralizedRCNN | RetinaNet,
+    path: str,
+    images: Sequence[torch.Tensor],
+    format: str,
+    runner: str,
 ) -> List[Comparison]:
     """Compare an exported file with the model it came from.
 
@@ -162,9 +166,9 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return tabulate(rows, headers, disable_numparse=True, colalign=alignment)
 
 
-def _run_eager(model: nn.Module, image: torch.Tensor) -> Tuple[Detections, int]:
+def _run_eager(model: GeneralizedRCNN | RetinaNet, image: torch.Tensor) -> Tuple[Detections, int]:
     """The detections, and how many times the model was run to measure its latency."""
-    seconds = []
+    seconds: List[float] = []
     deployable = Deployable(model)  # whose latency is without the pasting of masks
     with torch.no_grad(), no_export_warnings():
         instances = model([{"image": image}])[0]["instances"]
@@ -207,7 +211,9 @@ def _run_exported(runner: str, path: str, image: torch.Tensor, runs: int) -> Det
         with np.load(arrays_file) as file:
             arrays = dict(file)
     return Detections(
-        *(arrays.pop(name) for name in ("boxes", "classes", "scores")),
+        arrays.pop("boxes"),
+        arrays.pop("classes"),
+        arrays.pop("scores"),
         tuple(arrays.pop("image_size").tolist()),
         json.loads(result.stdout)["seconds"],
         arrays,

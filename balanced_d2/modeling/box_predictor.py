@@ -27,7 +27,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
     ):
         super().__init__(input_shape, **kwargs)
         inlier_steepness(*balanced_l1)  # refuse wrong values now, not at the first iteration
-        self.balanced_l1 = tuple(balanced_l1)
+        alpha, gamma, beta = balanced_l1
+        self.balanced_l1 = (alpha, gamma, beta)
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from functools import partial
-from typing import List
+from typing import Callable, Dict, List
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -23,7 +23,7 @@ def _build_conv(channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU()))
 
 
-REFINEMENTS = {
+REFINEMENTS: Dict[str, Callable[[int], nn.Module]] = {
     "none": _build_none,
     "conv": _build_conv,
     "non_local": NonLocal2d,

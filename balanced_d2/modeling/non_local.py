@@ -29,9 +29,10 @@ class NonLocal2d(nn.Module):
         self.conv_out = nn.Conv2d(channels, channels, 1)
         for conv in (self.theta, self.phi, self.g):
             nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for conv in (self.theta, self.phi, self.g, self.conv_out):
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """

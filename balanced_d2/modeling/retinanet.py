@@ -41,7 +41,8 @@ class BalancedRetinaNet(RetinaNet):
             box_reg_loss_type="smooth_l1" if is_balanced else box_reg_loss_type, **kwargs
         )
         inlier_steepness(*balanced_l1)  # refuse wrong values now, not at the first iteration
-        self.balanced_l1 = tuple(balanced_l1) if is_balanced else None
+        alpha, gamma, beta = balanced_l1
+        self.balanced_l1 = (alpha, gamma, beta) if is_balanced else None
         self.clip_before_nms = clip_before_nms
 
     @classmethod

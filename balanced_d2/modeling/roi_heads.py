@@ -1,7 +1,7 @@
 """ROI heads that sample their proposals in a balanced way and can use Balanced L1."""
 
 from functools import partial
-from typing import List, Tuple
+from typing import TYPE_CHECKING, List, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -30,7 +30,15 @@ COUNT_PERIOD = 20
 BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
 
 
-class BalancedSamplingMixin:
+# What the mixins use is the other base class's. Only type checkers see it as theirs: TorchScript
+# reads the annotations of the first class that has any, so they cannot be declared in a mixin.
+if TYPE_CHECKING:
+    from detectron2.modeling.roi_heads import ROIHeads as _Mixin
+else:
+    _Mixin = object
+
+
+class BalancedSamplingMixin(_Mixin):
     """Balanced sampling of proposals, for any class derived from Detectron2's ``ROIHeads``.
 
     Args:
@@ -170,7 +178,7 @@ def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:
     return max(0.0, min(low for low, _ in negative)), min(1.0, max(high for _, high in negative))
 
 
-class BalancedBoxLossMixin:
+class BalancedBoxLossMixin(_Mixin):
     """Balanced L1 (by config) for the box predictor, or predictors, of a ``StandardROIHeads``."""
 
     @classmethod
@@ -200,9 +208,10 @@ class BalancedROIHeads(BalancedSamplingMixin, BalancedBoxLossMixin, StandardROIH
     """
 
     # TorchScript drops the branches for masks and keypoints where these are constants. Detectron2
-    # says so of the base class, but each class has annotations of its own.
-    mask_on: torch.jit.Final[bool]
-    keypoint_on: torch.jit.Final[bool]
+    # says so of the base class, but each class has annotations of its own. Type checkers want a
+    # value beside a Final, TorchScript takes that of the instance.
+    mask_on: torch.jit.Final[bool]  # type: ignore[misc]
+    keypoint_on: torch.jit.Final[bool]  # type: ignore[misc]
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -65,7 +65,7 @@ def _group_by_image(
     dataset_name: str, records: List[Dict], predictions: Sequence[Dict]
 ) -> Dict[int, List[Dict]]:
     class_of = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
-    by_image = {record["image_id"]: [] for record in records}
+    by_image: Dict[int, List[Dict]] = {record["image_id"]: [] for record in records}
     for prediction in predictions:
         image_id, category_id = prediction["image_id"], prediction["category_id"]
         if image_id not in by_image or category_id not in class_of:
