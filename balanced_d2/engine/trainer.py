@@ -17,8 +17,8 @@ from balanced_d2.checkpoint import BalancedCheckpointer, check_space
 from balanced_d2.compat import ddp_on_any_device
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
-from balanced_d2.errors import StopTraining
 from balanced_d2.engine.wandb import start_wandb
+from balanced_d2.errors import StopTraining
 from balanced_d2.evaluation import ValidationImages, build_evaluator
 
 

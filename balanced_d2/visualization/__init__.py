@@ -1,5 +1,6 @@
 """Pictures of data and results."""
 
 from balanced_d2.visualization.contact_sheet import draw_contact_sheet
+from balanced_d2.visualization.detections import as_records
 
-__all__ = ["draw_contact_sheet"]
+__all__ = ["as_records", "draw_contact_sheet"]

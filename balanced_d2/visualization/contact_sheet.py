@@ -79,9 +79,7 @@ def _group_by_image(
 
 def _as_instances(predictions: List[Dict], record: Dict) -> Instances:
     detections = Instances((record["height"], record["width"]))
-    boxes = [
-        BoxMode.convert(p["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for p in predictions
-    ]
+    boxes = [BoxMode.convert(p["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for p in predictions]
     detections.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
     detections.scores = torch.tensor([p["score"] for p in predictions])
     detections.pred_classes = torch.tensor(

@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""Detect on images, folders of images, videos or a webcam, and draw what was found.
+
+Pictures keep the names of their images. Without --output they are shown in a window.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+# First, so that importing Detectron2 is quiet.
+from balanced_d2.engine import add_model_arguments, build_predictor, config_from
+from balanced_d2.errors import UserError, first_of, tell_user_errors
+from balanced_d2.files import check_writable, open_replacing
+from balanced_d2.visualization import as_records
+
+# isort: split
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+from detectron2.utils.video_visualizer import VideoVisualizer
+from detectron2.utils.visualizer import Visualizer
+from tqdm import tqdm
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+WINDOW = "balanced_d2: any key for the next, Esc or q to end"
+ESCAPE = 27
+DEFAULT_FPS = 25.0
+
+Draw = Callable[[np.ndarray, Instances], np.ndarray]
+
+
+class Source(NamedTuple):
+    """An image or a video, and where its picture goes."""
+
+    path: str
+    output: Optional[str]
+    """Where the drawn one goes; None: into a window."""
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.lower().endswith(VIDEOS)
+
+    @property
+    def json(self) -> str:
+        return str(Path(self.output or "").with_suffix(".json"))
+
+
+def main(args: argparse.Namespace) -> None:
+    split_options(args)
+    if not 0 <= args.confidence_threshold <= 1:
+        raise UserError(f"--confidence-threshold is {args.confidence_threshold}, not in [0, 1]")
+    if args.json and not args.output:
+        raise UserError("--json is written beside the pictures: it needs --output")
+    sources = webcam(args.output) if args.webcam else list_sources(args.input, args.output)
+    check_output(sources, args.output)
+    cfg = config_from(args)
+    set_threshold(cfg, args.confidence_threshold)
+    predictor = build_predictor(cfg, "draw")
+
+    num_found, failed = 0, []
+    progress = tqdm(sources, desc="detecting", unit="file", disable=disable_bar(sources))
+    for source in progress:
+        try:
+            process = process_video if source.is_video or args.webcam else process_image
+            num_found += process(source, predictor, args.json)
+        except UserError as error:  # the others are still worth their pictures
+            failed.append(str(error))
+        except Quit:
+            break
+    done = len(sources) - len(failed)
+    where = f", drawn in {args.output}" if args.output else ""
+    print(f"{done} of {len(sources)} input(s), {num_found} detection(s){where}")
+    if failed:
+        raise UserError(first_of(failed, number=10))
+
+
+class Quit(Exception):
+    """The user has closed the window."""
+
+
+def split_options(args: argparse.Namespace) -> None:
+    """Give back the ``KEY VALUE`` pairs that --input has taken for images."""
+    for i, value in enumerate(args.input or ()):
+        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*", value) and not os.path.exists(value):
+            args.input, args.opts = args.input[:i], args.input[i:] + args.opts
+            return
+
+
+def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
+    """The images and videos that are asked for, each with the name of its picture.
+
+    Raises:
+        UserError: if one is not there, or two would have the same name.
+    """
+    paths: List[str] = []
+    for path in inputs:
+        if os.path.isdir(path):
+            found = [p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in IMAGES + VIDEOS]
+            if not found:
+                raise UserError(f"--input: there is no image or video in the folder {path}")
+            paths += map(str, found)
+        elif os.path.isfile(path):
+            paths.append(path)
+        else:
+            raise UserError(f"--input: there is no file or folder {path}")
+    if not paths:
+        raise UserError("--input: name at least one image, folder or video")
+    sources = [Source(path, picture_name(path, output)) for path in dict.fromkeys(paths)]
+    by_name: Dict[Optional[str], str] = {}
+    for source in sources:
+        other = by_name.setdefault(source.output and source.json, source.path)
+        if output and other != source.path:
+            raise UserError(
+                f"{other} and {source.path} would have the same picture in {output}; give them "
+                "one after the other, with another --output"
+            )
+    return sources
+
+
+def picture_name(path: str, output: Optional[str]) -> Optional[str]:
+    if not output:
+        return None
+    name = Path(path)
+    if name.suffix.lower() in VIDEOS:
+        name = name.with_suffix(".mp4")
+    elif name.suffix.lower() not in IMAGES:
+        name = name.with_suffix(".png")
+    return os.path.join(output, name.name)
+
+
+def webcam(output: Optional[str]) -> List[Source]:
+    return [Source("0", output and os.path.join(output, "webcam.mp4"))]
+
+
+def check_output(sources: List[Source], output: Optional[str]) -> None:
+    """Raise :class:`UserError` where pictures can neither be written nor shown."""
+    if not output:
+        on_screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
+        if not on_screen:
+            raise UserError("there is no screen to show pictures on: give --output DIR")
+        return
+    check_writable(os.path.join(output, "picture"), "the folder of --output,")
+    inputs = {os.path.realpath(source.path) for source in sources}
+    for source in sources:
+        if os.path.realpath(source.output or "") in inputs:
+            raise UserError(
+                f"{source.output} is an input and would be replaced by its picture: choose another "
+                "--output"
+            )
+
+
+def disable_bar(sources: List[Source]) -> Optional[bool]:
+    """A video has a bar of its own; None: no bar outside a terminal."""
+    return True if len(sources) == 1 else None
+
+
+def set_threshold(cfg: CfgNode, threshold: float) -> None:
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
+
+
+def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
+    """Detect on an image, draw it; return the number of detections."""
+    try:
+        image = read_image(source.path, format="BGR")
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the image {source.path}: {reason}") from error
+    detections = predictor(image)["instances"].to("cpu")
+    rgb = Visualizer(image[:, :, ::-1], predictor.metadata).draw_instance_predictions(detections)
+    picture = rgb.get_image()[:, :, ::-1]
+    if source.output is None:
+        show(picture, wait=0)
+        return len(detections)
+    encoded, content = cv2.imencode(Path(source.output).suffix, picture)
+    with told_as_unwritable(source.output), open_replacing(source.output, "wb") as file:
+        file.write(content.tobytes())
+    if with_json:
+        height, width = image.shape[:2]
+        found = as_records(detections, predictor.metadata.thing_classes)
+        record = {"image": source.path, "height": height, "width": width, "detections": found}
+        write_json(source.json, record)
+    return len(detections)
+
+
+def process_video(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
+    """Detect on each frame of a video, or of the webcam; return the number of detections.
+
+    Ctrl-C ends it, with what has been written up to then.
+    """
+    visualizer = VideoVisualizer(predictor.metadata)
+    frames: List[Dict] = []
+    num_found = 0
+    with ExitStack() as stack:
+        video = stack.enter_context(open_video(source.path))
+        fps = video.get(cv2.CAP_PROP_FPS)
+        fps = fps if math.isfinite(fps) and fps > 0 else DEFAULT_FPS
+        progress = stack.enter_context(
+            tqdm(
+                read_frames(video),
+                total=max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None,
+                desc=os.path.basename(source.path) if source.is_video else "webcam",
+                unit="frame",
+                disable=None,
+            )
+        )
+        writer = None
+        try:
+            for number, frame in enumerate(progress):
+                detections = predictor(frame)["instances"].to("cpu")
+                num_found += len(detections)
+                rgb = np.ascontiguousarray(frame[:, :, ::-1])
+                drawn = visualizer.draw_instance_predictions(rgb, detections)
+                picture = np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+                if source.output is None:
+                    show(picture, wait=1)
+                    continue
+                if writer is None:
+                    writer = stack.enter_context(
+                        create_video(source.output, fps, picture.shape[1::-1])
+                    )
+                writer.write(picture)
+                found = as_records(detections, predictor.metadata.thing_classes)
+                frames.append({"frame": number, "detections": found})
+        except KeyboardInterrupt:
+            tqdm.write("interrupted: the frames up to here are kept")
+    if not frames and source.output:
+        raise UserError(f"cannot read the video {source.path}: no frame of it can be decoded")
+    if with_json:
+        write_json(source.json, {"video": source.path, "fps": fps, "frames": frames})
+    return num_found
+
+
+@contextmanager
+def open_video(path: str) -> Iterator[cv2.VideoCapture]:
+    video = cv2.VideoCapture(int(path) if path.isdigit() else path)
+    try:
+        if not video.isOpened():
+            raise UserError(
+                "there is no webcam that can be opened"
+                if path.isdigit()
+                else f"cannot read the video {path}"
+            )
+        yield video
+    finally:
+        video.release()
+
+
+def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        success, frame = video.read()
+        if not success:
+            return
+        yield frame
+
+
+@contextmanager
+def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.VideoWriter]:
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    if not writer.isOpened():
+        raise UserError(f"cannot write the video {path}")
+    try:
+        yield writer
+    finally:
+        writer.release()
+
+
+def show(picture: np.ndarray, wait: int) -> None:
+    """Show a picture for ``wait`` milliseconds; 0: until a key is pressed.
+
+    Raises:
+        Quit: on Esc or q.
+    """
+    cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
+    cv2.imshow(WINDOW, picture)
+    if cv2.waitKey(wait) & 0xFF in (ESCAPE, ord("q")):
+        raise Quit
+
+
+def write_json(path: str, content: Dict) -> None:
+    with told_as_unwritable(path), open_replacing(path, "w") as file:
+        json.dump(content, file)
+
+
+@contextmanager
+def told_as_unwritable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", nargs="+", metavar="PATH", help="images, folders of images and videos, videos"
+    )
+    source.add_argument("--webcam", action="store_true", help="the first webcam")
+    parser.add_argument("--output", metavar="DIR", help="folder for the pictures (made if needed)")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="T",
+        help="only detections with a higher score are drawn (default: 0.5)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="write the detections as JSON beside each picture"
+    )
+    add_model_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))
