@@ -2,7 +2,6 @@
 """Draw detections beside the ground truth of a data set, as one PNG."""
 
 import argparse
-import json
 import os
 import sys
 
@@ -10,6 +9,7 @@ import cv2
 
 from balanced_d2.data import add_register_argument, check_registered, register_from
 from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.evaluation.predictions import load_predictions
 from balanced_d2.visualization import draw_contact_sheet
 
 
@@ -23,19 +23,6 @@ def main(args: argparse.Namespace) -> None:
     if not cv2.imwrite(args.output, sheet):
         raise UserError(f"cannot write {args.output}")
     print(f"contact sheet: {args.output}")
-
-
-def load_predictions(path: str) -> list:
-    try:
-        with open(path) as f:
-            predictions = json.load(f)
-    except OSError as error:
-        raise UserError(f"cannot read predictions {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"predictions {path} are not valid JSON: {error}") from error
-    if not isinstance(predictions, list):
-        raise UserError(f"predictions {path} are not COCO's result format, a list of detections")
-    return predictions
 
 
 def parse_args() -> argparse.Namespace:

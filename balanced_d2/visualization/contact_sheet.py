@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
-from balanced_d2.errors import UserError
+from balanced_d2.evaluation.predictions import check_predictions
 from balanced_d2.visualization.pair import GAP, draw_pair, pad
 
 HEADER = 34
@@ -27,9 +27,7 @@ def draw_contact_sheet(
 
     Args:
         dataset_name: a registered data set in COCO format.
-        predictions: detections in COCO's result format (dicts with ``image_id``,
-            ``category_id``, ``bbox`` as x, y, width, height in pixels, ``score``), as
-            Detectron2's evaluator writes them.
+        predictions: detections in COCO's result format, as Detectron2's evaluator writes them.
         num_images: how many images, taken evenly from the data set.
         threshold: least score of a detection to be drawn.
         columns: number of images side by side.
@@ -39,7 +37,7 @@ def draw_contact_sheet(
         uint8 image (H, W, 3), BGR.
 
     Raises:
-        UserError: if a detection names an image or a category that the data set has not.
+        UserError: see :func:`balanced_d2.evaluation.predictions.check_predictions`.
     """
     records = DatasetCatalog.get(dataset_name)
     by_image = _group_by_image(dataset_name, records, predictions)
@@ -66,14 +64,10 @@ def _group_by_image(
 ) -> Dict[int, List[Dict]]:
     class_of = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     by_image: Dict[int, List[Dict]] = {record["image_id"]: [] for record in records}
+    check_predictions(predictions, by_image, class_of, f"data set {dataset_name!r}")
     for prediction in predictions:
-        image_id, category_id = prediction["image_id"], prediction["category_id"]
-        if image_id not in by_image or category_id not in class_of:
-            raise UserError(
-                f"a detection names image {image_id} and category {category_id}, which data set "
-                f"{dataset_name!r} has not; are these its predictions?"
-            )
-        by_image[image_id].append({**prediction, "category_id": class_of[category_id]})
+        class_number = class_of[prediction["category_id"]]
+        by_image[prediction["image_id"]].append({**prediction, "category_id": class_number})
     return by_image
 
 

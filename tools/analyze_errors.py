@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Tell where a detector loses AP: by class, by size and by kind of error.
+
+Prints two tables, and writes them with a picture: errors.png, ap.csv and errors.csv.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+# First, so that importing Detectron2 is quiet.
+from balanced_d2.data.check_coco import check_coco
+from balanced_d2.data.clean import tell
+from balanced_d2.data.coco import garbage_kept
+from balanced_d2.errors import tell_user_errors
+from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
+from balanced_d2.evaluation.predictions import check_predictions, load_predictions
+from balanced_d2.files import check_writable, replacing
+from balanced_d2.visualization.error_chart import draw_error_chart
+
+NONE = "-"
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = args.output or os.path.dirname(args.predictions) or "."
+    check_writable(os.path.join(folder, "errors.png"))
+    annotations = load_annotations(args.annotations)
+    predictions = load_predictions(args.predictions)
+    check_predictions(
+        predictions,
+        {image["id"] for image in annotations["images"]},
+        {category["id"] for category in annotations["categories"]},
+        args.annotations,
+    )
+    analysis = analyze_errors(annotations, predictions, args.threshold)
+
+    tables = {"ap.csv": ap_table(analysis), "errors.csv": error_table(analysis)}
+    print(f"AP (IoU 0.50 to 0.95, in %) by class and size, of {len(predictions)} detections")
+    print_table(tables["ap.csv"])
+    print(f"\nAP50 is {analysis.ap50:.1f} %; each kind of error, mended alone, would add to it")
+    print_table(tables["errors.csv"])
+    for name, table in tables.items():
+        with (
+            replacing(os.path.join(folder, name)) as path,
+            open(path, "w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file).writerows(table)
+    title = f"{os.path.basename(args.predictions)} on {os.path.basename(args.annotations)}"
+    with replacing(os.path.join(folder, "errors.png")) as path:
+        draw_error_chart(analysis, title).savefig(path, pil_kwargs={"optimize": True})
+    print(f"\npicture: {os.path.join(folder, 'errors.png')}; tables: {', '.join(tables)} beside it")
+
+
+def load_annotations(path: str) -> Dict:
+    """Read an annotation file in COCO's format.
+
+    Raises:
+        UserError: naming all that is wrong with it.
+    """
+    name = Path(path).stem
+    tell(name, [f for f in check_coco(name, path, evaluated=True) if f.refused], path)
+    with open(path) as file, garbage_kept():
+        return json.load(file)
+
+
+def ap_table(analysis: Analysis) -> List[List[str]]:
+    sizes = list(analysis.total.ap)
+    head = [*(f"AP {size}" for size in sizes), *(f"boxes {size}" for size in sizes)]
+    rows = [
+        [
+            result.name,
+            *(as_text(result.ap[size]) for size in sizes),
+            *(str(result.num_boxes[size]) for size in sizes),
+        ]
+        for result in (*analysis.classes, analysis.total)
+    ]
+    return [["class", *head], *rows]
+
+
+def error_table(analysis: Analysis) -> List[List[str]]:
+    head = ["error", "AP50 lost", f"errors at score >= {analysis.threshold:g}", "meaning"]
+    rows = [[e.kind, as_text(e.lost), str(e.number), KINDS[e.kind]] for e in analysis.errors]
+    return [head, *rows]
+
+
+def as_text(value: Optional[float]) -> str:
+    return NONE if value is None else f"{value:.1f}"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in columns, those of numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    is_text = [column[1][:1].isalpha() for column in columns]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, is_text, strict=True)
+        ]
+        print("  " + "  ".join(cells).rstrip())
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "predictions",
+        metavar="PREDICTIONS.json",
+        help="detections in COCO's result format, as train_net.py writes them to "
+        "OUTPUT_DIR/inference/coco_instances_results.json",
+    )
+    parser.add_argument(
+        "annotations", metavar="ANNOTATIONS.json", help="the ground truth, in COCO's format"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: the folder of the predictions")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="least score of a detection to be counted among the errors; AP uses all detections",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))
