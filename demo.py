@@ -12,21 +12,20 @@ import re
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import UserError, first_of, tell_user_errors
 from balanced_d2.files import check_writable, open_replacing
 from balanced_d2.visualization import as_records
+from balanced_d2.visualization.images import read_bgr
 
 # isort: split
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
@@ -36,8 +35,6 @@ VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 WINDOW = "balanced_d2: any key for the next, Esc or q to end"
 ESCAPE = 27
 DEFAULT_FPS = 25.0
-
-Draw = Callable[[np.ndarray, Instances], np.ndarray]
 
 
 class Source(NamedTuple):
@@ -101,7 +98,7 @@ def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
     """The images and videos that are asked for, each with the name of its picture.
 
     Raises:
-        UserError: if one is not there, or two would have the same name.
+        UserError: if one is not there.
     """
     paths: List[str] = []
     for path in inputs:
@@ -116,27 +113,24 @@ def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
             raise UserError(f"--input: there is no file or folder {path}")
     if not paths:
         raise UserError("--input: name at least one image, folder or video")
-    sources = [Source(path, picture_name(path, output)) for path in dict.fromkeys(paths)]
-    by_name: Dict[Optional[str], str] = {}
-    for source in sources:
-        other = by_name.setdefault(source.output and source.json, source.path)
-        if output and other != source.path:
-            raise UserError(
-                f"{other} and {source.path} would have the same picture in {output}; give them "
-                "one after the other, with another --output"
-            )
-    return sources
+    names: Set[str] = set()
+    return [Source(path, output and picture(path, output, names)) for path in dict.fromkeys(paths)]
 
 
-def picture_name(path: str, output: Optional[str]) -> Optional[str]:
-    if not output:
-        return None
-    name = Path(path)
-    if name.suffix.lower() in VIDEOS:
-        name = name.with_suffix(".mp4")
-    elif name.suffix.lower() not in IMAGES:
-        name = name.with_suffix(".png")
-    return os.path.join(output, name.name)
+def picture(path: str, output: str, names: Set[str]) -> str:
+    """Where the picture of an image or video goes: its own name, with a number if that is taken.
+
+    Args:
+        names: those that are taken, without their endings; this one is added.
+    """
+    name, suffix = Path(path).stem, Path(path).suffix.lower()
+    number = 1
+    while name in names:
+        number += 1
+        name = f"{Path(path).stem}_{number}"
+    names.add(name)
+    suffix = ".mp4" if suffix in VIDEOS else suffix if suffix in IMAGES else ".png"
+    return os.path.join(output, name + suffix)
 
 
 def webcam(output: Optional[str]) -> List[Source]:
@@ -172,11 +166,7 @@ def set_threshold(cfg: CfgNode, threshold: float) -> None:
 
 def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
     """Detect on an image, draw it; return the number of detections."""
-    try:
-        image = read_image(source.path, format="BGR")
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the image {source.path}: {reason}") from error
+    image = read_bgr(source.path)
     detections = predictor(image)["instances"].to("cpu")
     rgb = Visualizer(image[:, :, ::-1], predictor.metadata).draw_instance_predictions(detections)
     picture = rgb.get_image()[:, :, ::-1]
@@ -244,6 +234,7 @@ def process_video(source: Source, predictor: DefaultPredictor, with_json: bool) 
 
 @contextmanager
 def open_video(path: str) -> Iterator[cv2.VideoCapture]:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # told below, in a line
     video = cv2.VideoCapture(int(path) if path.isdigit() else path)
     try:
         if not video.isOpened():

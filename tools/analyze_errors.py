@@ -19,15 +19,17 @@ from balanced_d2.data.coco import garbage_kept
 from balanced_d2.errors import tell_user_errors
 from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
 from balanced_d2.evaluation.predictions import check_predictions, load_predictions
-from balanced_d2.files import check_writable, replacing
+from balanced_d2.files import replacing
 from balanced_d2.visualization.error_chart import draw_error_chart
+from balanced_d2.visualization.figure import check_picture, save_figure
 
 NONE = "-"
 
 
 def main(args: argparse.Namespace) -> None:
     folder = args.output or os.path.dirname(args.predictions) or "."
-    check_writable(os.path.join(folder, "errors.png"))
+    picture = os.path.join(folder, "errors.png")
+    check_picture(picture)
     annotations = load_annotations(args.annotations)
     predictions = load_predictions(args.predictions)
     check_predictions(
@@ -50,9 +52,8 @@ def main(args: argparse.Namespace) -> None:
         ):
             csv.writer(file).writerows(table)
     title = f"{os.path.basename(args.predictions)} on {os.path.basename(args.annotations)}"
-    with replacing(os.path.join(folder, "errors.png")) as path:
-        draw_error_chart(analysis, title).savefig(path, pil_kwargs={"optimize": True})
-    print(f"\npicture: {os.path.join(folder, 'errors.png')}; tables: {', '.join(tables)} beside it")
+    save_figure(draw_error_chart(analysis, title), picture)
+    print(f"\npicture: {picture}; tables: {', '.join(tables)} beside it")
 
 
 def load_annotations(path: str) -> Dict:

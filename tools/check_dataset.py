@@ -87,7 +87,7 @@ def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
 def image_findings(records: List[Dict]) -> List[Finding]:
     """Open every image of the records and decode it whole."""
     wrong = {}
-    for record in tqdm(records, desc="images", unit="image"):
+    for record in tqdm(records, desc="images", unit="image", disable=None):
         path = record["file_name"]
         try:
             with Image.open(path) as image:

@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
     detector = ExportedDetector(args.model, args.device)
     failed = 0
     with Output(args.output) as output:
-        for path in args.images:
+        for path in with_bar(args.images):
             try:
                 image, array = read(path, detector)
                 outputs, seconds = run(detector, array, args.repeat)
@@ -150,6 +150,16 @@ def main(args: argparse.Namespace) -> int:
                 tell(error)
                 failed += 1
     return 2 if failed else 0
+
+
+def with_bar(paths: list):
+    """The paths, with a bar where tqdm is installed: in a terminal that does not get the results."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return paths
+    disable = True if len(paths) == 1 or sys.stdout.isatty() else None
+    return tqdm(paths, desc="detecting", unit="image", disable=disable)
 
 
 def read(path: str, detector: ExportedDetector):

@@ -7,6 +7,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import ROI_HEADS_REGISTRY
+from tqdm import tqdm
 
 from balanced_d2.data.check_coco import check_coco
 from balanced_d2.data.classes import check_classes
@@ -41,7 +42,8 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
     if evaluated:
         check_sigmas(cfg)
     usable = 0
-    for name in dict.fromkeys((*trained, *evaluated)):
+    names = list(dict.fromkeys((*trained, *evaluated)))
+    for name in tqdm(names, desc="checking data", unit="data set", leave=False, disable=None):
         check_registered(name)
         check_files(name)
         json_file = coco_file(name)

@@ -19,7 +19,8 @@ from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.errors import StopTraining
-from balanced_d2.evaluation import ValidationImages, build_evaluator
+from balanced_d2.evaluation.build import build_evaluator
+from balanced_d2.visualization.validation_images import ValidationImages
 
 
 class BalancedTrainer(DefaultTrainer):

@@ -1,0 +1,80 @@
+"""The feature pyramid of an image before and after balancing."""
+
+from typing import List, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.engine import DefaultPredictor
+
+from balanced_d2.errors import UserError
+from balanced_d2.modeling import BalancedFPN
+
+
+class Level(NamedTuple):
+    """One level of a pyramid, its features as norms over the channels."""
+
+    name: str
+    """Such as "p2"."""
+    stride: int
+    """In pixels of the image as the network takes it."""
+    before: np.ndarray
+    """Shape (H, W), the L2 norm of the features over the channels, at each position."""
+    after: np.ndarray
+    """Shape (H, W), the same of the balanced features."""
+    added: np.ndarray
+    """Shape (H, W), the same of what balancing adds."""
+
+
+def energy(norms: np.ndarray) -> float:
+    """The mean over the positions of the squared norm."""
+    return float(np.square(norms, dtype=np.float64).mean())
+
+
+def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level]:
+    """Run a detector on an image and look at what its pyramid is before and after balancing.
+
+    Args:
+        predictor: with the model.
+        image: uint8, shape (H, W, 3), BGR.
+
+    Returns:
+        The levels from fine to coarse, without what the network pads the image with.
+
+    Raises:
+        UserError: if the model has no balanced feature pyramid.
+    """
+    pyramids = [m for m in predictor.model.modules() if isinstance(m, BalancedFPN)]
+    if not pyramids:
+        raise UserError(
+            "the model has no balanced feature pyramid: MODEL.BALANCED_FPN.ENABLED has to be True "
+            "and MODEL.BACKBONE.NAME one of this project's builders"
+        )
+    given: List[torch.Tensor] = []
+    balanced: List[torch.Tensor] = []
+
+    def keep_given(module, inputs):
+        given.extend(feature.clone() for feature in inputs[0])  # they may be overwritten
+
+    def keep_balanced(module, inputs, output):
+        balanced.extend(output)
+
+    balancer = pyramids[0].balancer
+    handles = [
+        balancer.register_forward_pre_hook(keep_given),
+        balancer.register_forward_hook(keep_balanced),
+    ]
+    try:
+        predictor(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    height, width = predictor.aug.get_transform(image).apply_image(image).shape[:2]
+    levels = []
+    for (name, shape), before, after in zip(pyramids[0].output_shape().items(), given, balanced):
+        rows, columns = (-(-length // shape.stride) for length in (height, width))
+
+        def norms(features: torch.Tensor, rows=rows, columns=columns) -> np.ndarray:
+            return features[0, :, :rows, :columns].norm(dim=0).cpu().numpy()
+
+        levels.append(Level(name, shape.stride, norms(before), norms(after), norms(after - before)))
+    return levels

@@ -1,0 +1,79 @@
+"""What a training has written into its ``metrics.json``."""
+
+import json
+import logging
+import os
+from typing import Dict, List
+
+from balanced_d2.errors import UserError
+
+FILE = "metrics.json"
+
+Metrics = Dict[str, Dict[int, float]]
+"""The values of each metric by iteration, in rising order."""
+
+
+def read_metrics(folder: str) -> Metrics:
+    """Read the metrics of a training.
+
+    A training that was killed leaves a line that is cut off, to which the resumed one adds its
+    first: what can be read of such a line is read, and a warning counts them. Where a resumed
+    training has repeated iterations, the later values count.
+
+    Args:
+        folder: the ``OUTPUT_DIR`` of the training.
+
+    Raises:
+        UserError: if there is no such file, or nothing in it.
+    """
+    path = os.path.join(folder, FILE)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.strip()]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; name the OUTPUT_DIR of a training"
+        ) from error
+    by_iteration: Dict[str, Dict[int, float]] = {}
+    num_cut = 0
+    for line in lines:
+        # A record is flat, so that the last brace begins the last one of a line.
+        record = _parse(line[line.rfind("{") :])
+        num_cut += line.count("{") != 1 or not record
+        iteration = record.pop("iteration", None)
+        if not isinstance(iteration, int):
+            continue
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                by_iteration.setdefault(name, {})[iteration] = float(value)
+    if not by_iteration:
+        raise UserError(f"{path} holds no metrics: has the training come to its first log entry?")
+    if num_cut:
+        logging.getLogger(__name__).warning(f"{path}: {num_cut} line(s) are cut off, passed over")
+    return {name: dict(sorted(values.items())) for name, values in by_iteration.items()}
+
+
+def _parse(text: str) -> Dict:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def names_of_runs(folders: List[str]) -> List[str]:
+    """Short names of runs that differ: their folders without what all of these begin or end with.
+
+    Raises:
+        UserError: if a folder is named twice.
+    """
+    parts = [os.path.normpath(os.path.abspath(folder)).split(os.sep) for folder in folders]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise UserError("a folder is named twice")
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    while min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return [os.sep.join(part) for part in parts]

@@ -1,0 +1,118 @@
+"""Which negatives the RoI heads would train on: their IoU, under each way of sampling."""
+
+import dataclasses
+from typing import Dict, List
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
+
+from balanced_d2.data.loader import TrainLoader
+from balanced_d2.errors import UserError
+from balanced_d2.modeling.roi_heads import NEGATIVE_SAMPLERS, BalancedSamplingMixin
+from balanced_d2.randomness import seed_all
+
+HARD_IOU = 0.05
+"""Negatives above this are called hard, as in the paper's figure 3."""
+# How the random numbers of this come about; another purpose of the same seed has another number.
+SAMPLING_SEEDS = 3
+
+
+@dataclasses.dataclass
+class SampledNegatives:
+    """The largest IoU with ground truth of negatives, of all images together.
+
+    Attributes:
+        available: shape (M,), of all negatives that there were to choose from.
+        sampled: shape (N,) each, of those that were sampled, by the name of the negative sampler.
+        bin_edges: shape (num_bins + 1,), of the bins of IoU-balanced sampling.
+        num_images: how many images the proposals were of.
+    """
+
+    available: np.ndarray
+    sampled: Dict[str, np.ndarray]
+    bin_edges: np.ndarray
+    num_images: int
+
+
+class _ProposalSampler(BalancedSamplingMixin, ROIHeads):
+    """The part of RoI heads that samples, without layers."""
+
+
+def hard_share(ious: np.ndarray) -> float:
+    """The share of negatives with an IoU above :data:`HARD_IOU`, 0 where there are none."""
+    return float((ious > HARD_IOU).mean()) if len(ious) else 0.0
+
+
+def sample_negatives(cfg: CfgNode, model: torch.nn.Module, num_iterations: int) -> SampledNegatives:
+    """Sample from a model's proposals on training data, in every way in turn.
+
+    Each way is given the same proposals, made as in training: augmented images of
+    ``DATASETS.TRAIN``, batch statistics, as many proposals as ``MODEL.RPN`` says for training. No
+    weight is changed, but running statistics of batch normalisation are.
+
+    Args:
+        cfg: of the model. ``SEED`` makes the result repeatable.
+        model: a two-stage detector with the weights that are of interest.
+        num_iterations: how many batches of images.
+
+    Raises:
+        UserError: if the model samples no proposals.
+    """
+    if not isinstance(model, GeneralizedRCNN) or model.proposal_generator is None:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} samples no proposals: only "
+            "two-stage detectors with an RPN do"
+        )
+    samplers = {name: _sampler(cfg, name) for name in NEGATIVE_SAMPLERS}
+    everything = _sampler(cfg, "random")
+    everything.batch_size_per_image = int(1e9)
+    ious: Dict[str, List[np.ndarray]] = {name: [] for name in (*samplers, "available")}
+    loader = TrainLoader(cfg)
+    was_training = model.training
+    model.train()
+    num_images = 0
+    with torch.no_grad(), EventStorage():
+        progress = tqdm(range(num_iterations), desc="sampling", unit="batch", disable=None)
+        for iteration, batch in zip(progress, loader):
+            seed_all(SAMPLING_SEEDS, loader.seed, iteration)
+            targets = [image["instances"].to(model.device) for image in batch]
+            images = model.preprocess_image(batch)
+            features = model.backbone(images.tensor)
+            proposals, _ = model.proposal_generator(images, features, targets)
+            for name, sampler in (*samplers.items(), ("available", everything)):
+                sampled = sampler.label_and_sample_proposals(proposals, targets)
+                ious[name] += [
+                    _negative_ious(*image, background=sampler.num_classes)
+                    for image in zip(sampled, targets)
+                ]
+            num_images += len(batch)
+    model.train(was_training)
+    values = {name: np.concatenate(parts) for name, parts in ious.items()}
+    low, high = everything.iou_range
+    return SampledNegatives(
+        available=values.pop("available"),
+        sampled=values,
+        bin_edges=np.linspace(low, high, everything.num_bins + 1),
+        num_images=num_images,
+    )
+
+
+def _sampler(cfg: CfgNode, negative_sampler: str) -> _ProposalSampler:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = negative_sampler
+    return _ProposalSampler(cfg)
+
+
+def _negative_ious(sampled: Instances, targets: Instances, background: int) -> np.ndarray:
+    """The largest IoU with ground truth of those of an image's samples that are background."""
+    negatives = sampled[sampled.gt_classes == background].proposal_boxes
+    if len(targets) == 0:
+        return np.zeros(len(negatives))
+    return pairwise_iou(negatives, targets.gt_boxes).max(dim=1).values.cpu().numpy()
