@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
+from iopath.common.file_io import file_lock
 
 import balanced_d2  # noqa: F401  # registration
 from balanced_d2.engine import argument_parser, run
@@ -94,14 +95,22 @@ DEMO_CONFIG = "configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml"
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """The folder of a shortened run of the demo: ``output/model_final.pth`` and ``datasets/``."""
-    folder = tmp_path_factory.mktemp("demo")
-    result = train_net(
-        *("OUTPUT_DIR", folder / "output", "SOLVER.MAX_ITER", "110"),
-        config=DEMO_CONFIG,
-        env={"DETECTRON2_DATASETS": str(folder / "datasets")},
-    )
-    assert result.returncode == 0, result.stderr
+    """The folder of a shortened run of the demo: ``output/model_final.pth`` and ``datasets/``.
+
+    The worker that comes first makes it for all.
+    """
+    folder = tmp_path_factory.getbasetemp() / "demo"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders are together in that of the run
+        folder = folder.parent.parent / "demo"
+    with file_lock(str(folder)):
+        if not (folder / "finished").exists():
+            result = train_net(
+                *("OUTPUT_DIR", folder / "output", "SOLVER.MAX_ITER", "110"),
+                config=DEMO_CONFIG,
+                env={"DETECTRON2_DATASETS": str(folder / "datasets")},
+            )
+            assert result.returncode == 0, result.stderr
+            (folder / "finished").touch()
     return folder
 
 
