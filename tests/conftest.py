@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,29 @@ def train_net_here(capfd):
             for name in ("detectron2", "fvcore", "balanced_d2"):
                 logging.getLogger(name).handlers.clear()
         return subprocess.CompletedProcess(arguments, returncode, *capfd.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def run_here(capfd, monkeypatch):
+    """As :func:`run_program`, but in this process."""
+
+    def run_main(program, *arguments) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        registered = set(DatasetCatalog)
+        returncode = 0
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as stop:
+            returncode = stop.code or 0
+        finally:
+            for name in set(DatasetCatalog) - registered:
+                DatasetCatalog.pop(name)
+                MetadataCatalog.pop(name, None)
+        return subprocess.CompletedProcess(sys.argv, returncode, *capfd.readouterr())
 
     return run_main
 
