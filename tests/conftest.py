@@ -106,7 +106,8 @@ def demo(tmp_path_factory) -> Path:
     with file_lock(str(folder)):
         if not (folder / "finished").exists():
             result = train_net(
-                *("OUTPUT_DIR", folder / "output", "SOLVER.MAX_ITER", "110"),
+                *("OUTPUT_DIR", folder / "output"),
+                *("SOLVER.MAX_ITER", "60", "SOLVER.WARMUP_ITERS", "10"),
                 config=DEMO_CONFIG,
                 env={"DETECTRON2_DATASETS": str(folder / "datasets")},
             )
