@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
+from iopath.common.file_io import file_lock
 
 import balanced_d2  # noqa: F401  # registration
 from balanced_d2.engine import argument_parser, run
@@ -94,14 +96,23 @@ DEMO_CONFIG = "configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml"
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """The folder of a shortened run of the demo: ``output/model_final.pth`` and ``datasets/``."""
-    folder = tmp_path_factory.mktemp("demo")
-    result = train_net(
-        *("OUTPUT_DIR", folder / "output", "SOLVER.MAX_ITER", "110"),
-        config=DEMO_CONFIG,
-        env={"DETECTRON2_DATASETS": str(folder / "datasets")},
-    )
-    assert result.returncode == 0, result.stderr
+    """The folder of a shortened run of the demo: ``output/model_final.pth`` and ``datasets/``.
+
+    The worker that comes first makes it for all.
+    """
+    folder = tmp_path_factory.getbasetemp() / "demo"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders are together in that of the run
+        folder = folder.parent.parent / "demo"
+    with file_lock(str(folder)):
+        if not (folder / "finished").exists():
+            result = train_net(
+                *("OUTPUT_DIR", folder / "output"),
+                *("SOLVER.MAX_ITER", "60", "SOLVER.WARMUP_ITERS", "10"),
+                config=DEMO_CONFIG,
+                env={"DETECTRON2_DATASETS": str(folder / "datasets")},
+            )
+            assert result.returncode == 0, result.stderr
+            (folder / "finished").touch()
     return folder
 
 
@@ -163,6 +174,29 @@ def train_net_here(capfd):
             for name in ("detectron2", "fvcore", "balanced_d2"):
                 logging.getLogger(name).handlers.clear()
         return subprocess.CompletedProcess(arguments, returncode, *capfd.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def run_here(capfd, monkeypatch):
+    """As :func:`run_program`, but in this process."""
+
+    def run_main(program, *arguments) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        registered = set(DatasetCatalog)
+        returncode = 0
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as stop:
+            returncode = stop.code or 0
+        finally:
+            for name in set(DatasetCatalog) - registered:
+                DatasetCatalog.pop(name)
+                MetadataCatalog.pop(name, None)
+        return subprocess.CompletedProcess(sys.argv, returncode, *capfd.readouterr())
 
     return run_main
 

@@ -15,7 +15,7 @@ from balanced_d2.data.check import check_samplers, check_solver
 from balanced_d2.data.clean import clean
 from balanced_d2.errors import UserError
 
-from .conftest import assert_told, train_net
+from .conftest import assert_told
 
 NAME = "bad_input"
 
@@ -488,12 +488,12 @@ def test_samplers_without_effect(heads, opts, keys, caplog):
         assert keys in messages[0] and heads in messages[0] and "BalancedROIHeads" in messages[0]
 
 
-def test_start_of_training_tells_all_at_once(tmp_path):
+def test_start_of_training_tells_all_at_once(tmp_path, train_net_here):
     """End to end: one line, and nothing is trained."""
     content = good_file()
     with_annotation(annotation(7), annotation(9, image_id=99))(content)
     (tmp_path / "a.json").write_text(json.dumps(content))
-    result = train_net(
+    result = train_net_here(
         *("--register", "own", tmp_path / "a.json", tmp_path),
         *("DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "output"),
         *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),

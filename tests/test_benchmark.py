@@ -46,10 +46,10 @@ def test_runs_on_tiny_sizes(tmp_path):
         (["--only", "parts", "--device", "cuda"], "needs CUDA"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_wrong_arguments(arguments, message, run_here):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert_told(run_program("tools/benchmark.py", *arguments), message)
+    assert_told(run_here("tools/benchmark.py", *arguments), message)
 
 
 def random_pyramid(dtype):

@@ -21,7 +21,7 @@ from balanced_d2.errors import UserError, tell_user_errors
 from balanced_d2.export import Comparison
 from balanced_d2.export.verify import Detections
 
-from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program, train_net
+from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program
 from .test_export import KEYPOINTS, MASKS, METADATA, small_model, smooth_image
 
 EXPORTS = {
@@ -79,18 +79,12 @@ def run_python(code, env):
 
 
 @pytest.fixture(scope="module")
-def evaluated(demo, datasets, tmp_path_factory):
-    """Detections of ``train_net.py --eval-only`` by file name."""
-    output = tmp_path_factory.mktemp("evaluated")
-    result = train_net(
-        *("--eval-only", "MODEL.WEIGHTS", demo / "output" / "model_final.pth"),
-        *("OUTPUT_DIR", output),
-        config=DEMO_CONFIG,
-        env=datasets,
-    )
-    assert result.returncode == 0, result.stderr
+def evaluated(demo):
+    """Detections of the evaluation after the training by file name."""
     annotations = json.loads((demo / "datasets" / "balanced_shapes" / "val.json").read_text())
-    predictions = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    predictions = json.loads(
+        (demo / "output" / "inference" / "coco_instances_results.json").read_text()
+    )
     classes = [category["id"] for category in annotations["categories"]]
     by_image = {}
     for image in annotations["images"]:
@@ -162,12 +156,12 @@ def test_runner_without_detectron2_equals_evaluation(
             assert (np.asarray(picture) != np.asarray(image.convert("RGB"))).any()
 
 
-@pytest.mark.parametrize("kind", ["tracing", "scripting"])
-def test_torchscript_needs_only_torch_and_torchvision(exports, kind, bare):
+def test_torchscript_needs_only_torch_and_torchvision(exports, bare):
+    files = [str(exports[kind][0]) for kind in ("tracing", "scripting")]
     result = run_python(
-        "import sys, torch, torchvision\n"
-        f"model = torch.jit.load({str(exports[kind][0])!r})\n"
-        "for dtype in (torch.uint8, torch.float32):\n"
+        "import itertools, sys, torch, torchvision\n"
+        f"models = map(torch.jit.load, {files})\n"
+        "for model, dtype in itertools.product(models, (torch.uint8, torch.float32)):\n"
         "    image = torch.zeros(3, 77, 131, dtype=dtype)\n"
         "    boxes, classes, scores, size = model(image)\n"
         "    assert size.tolist() == [77, 131] and boxes.shape == (len(scores), 4)\n"
@@ -178,7 +172,7 @@ def test_torchscript_needs_only_torch_and_torchvision(exports, kind, bare):
     assert result.returncode == 0, result.stderr
 
 
-def test_runner_scales_images_and_keeps_what_is_there(exports, bare, tmp_path):
+def test_runner_scales_images_and_keeps_what_is_there(exports, run_here, tmp_path):
     """An image larger than the network's, turned by its EXIF tag, in the folder of the output."""
     from detectron2.data.detection_utils import read_image
     from detectron2.engine import DefaultPredictor
@@ -191,10 +185,9 @@ def test_runner_scales_images_and_keeps_what_is_there(exports, bare, tmp_path):
     before = (tmp_path / "photo.png").read_bytes()
 
     file, _ = exports["tracing"]
-    result = run_program(
+    result = run_here(
         *("tools/run_exported.py", file, tmp_path / "photo.png", tmp_path / "photo.png"),
         *("--threshold", "0", "--output", tmp_path),
-        env=bare,
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "photo.png").read_bytes() == before
@@ -219,19 +212,6 @@ def test_runner_scales_images_and_keeps_what_is_there(exports, bare, tmp_path):
     )
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """run_exported.py in this process, which saves its start."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["run_exported.py", *map(str, arguments)])
-        tool = load_tool("run_exported")
-        assert tool.main(tool.parse_args()) == 0
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    return run
-
-
 def test_masks_and_keypoints(run_here, tmp_path):
     """Exported, verified and run on an image that is larger than the network's."""
     from detectron2.engine import DefaultPredictor
@@ -243,7 +223,7 @@ def test_masks_and_keypoints(run_here, tmp_path):
     torch.save({"model": small_model(*opts).state_dict()}, tmp_path / "model.pth")
     image = smooth_image(150, 221).permute(1, 2, 0).numpy()
     cv2.imwrite(str(tmp_path / "photo.png"), image)
-    result = run_program(
+    result = run_here(
         *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path / "out"),
         *("--sample-image", tmp_path / "photo.png", *opts),
     )
@@ -252,11 +232,12 @@ def test_masks_and_keypoints(run_here, tmp_path):
     assert "masks within 0.0001, keypoints within 0.01 px" in result.stdout
     assert len([line for line in result.stdout.splitlines() if line.endswith(" equal")]) == 3
 
-    (record,) = run_here(
-        *(tmp_path / "out" / "model.ts", tmp_path / "photo.png", "--threshold", "0"),
-        *("--output", tmp_path, "--arrays", tmp_path / "arrays.npz"),
+    result = run_here(
+        *("tools/run_exported.py", tmp_path / "out" / "model.ts", tmp_path / "photo.png"),
+        *("--threshold", "0", "--output", tmp_path, "--arrays", tmp_path / "arrays.npz"),
     )
-    found = record["detections"]
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["detections"]
     with np.load(tmp_path / "arrays.npz") as file:
         arrays = dict(file)
     assert list(arrays) == ["boxes", "classes", "scores", "masks", "keypoints", "image_size"]
@@ -325,17 +306,17 @@ def test_files_without_names_of_outputs_run(run_here, tmp_path):
     files = {"balanced_d2.json": json.dumps(metadata)}
     torch.jit.save(traced, str(tmp_path / "model.ts"), _extra_files=files)
     np.save(tmp_path / "image.npy", np.arange(1800).reshape(3, 20, 30))
-    (record,) = run_here(tmp_path / "model.ts", tmp_path / "image.npy")
-    assert record["detections"] == [
+    result = run_here("tools/run_exported.py", tmp_path / "model.ts", tmp_path / "image.npy")
+    assert json.loads(result.stdout)["detections"] == [
         {"bbox": [0.0, 1.0, 2.0, 3.0], "class": "b", "class_id": 1, "score": 0.75}
     ]
 
 
-def test_threshold(exports, demo):
+def test_threshold(exports, demo, run_here):
     image = next((demo / "datasets" / "balanced_shapes" / "val").iterdir())
 
     def scores_from(threshold):
-        result = run_program(
+        result = run_here(
             "tools/run_exported.py", exports["onnx"][0], image, "--threshold", threshold
         )
         return [d["score"] for d in json.loads(result.stdout)["detections"]]
@@ -481,7 +462,7 @@ def test_export_ends_with_one_line_and_an_exit_code(weights, tmp_path):
         "device for ONNX": (["{onnx}", "{image}", "--device", "cuda"], ["--device"]),
     }.values(),
 )
-def test_runner_tells_what_is_wrong(arguments, parts, exports, bad_files, bare):
+def test_runner_tells_what_is_wrong(arguments, parts, exports, bad_files, run_here):
     fill = {
         "{model}": exports["tracing"][0],
         "{onnx}": exports["onnx"][0],
@@ -490,7 +471,7 @@ def test_runner_tells_what_is_wrong(arguments, parts, exports, bad_files, bare):
     }
     for key, value in fill.items():
         arguments = [argument.replace(key, str(value)) for argument in arguments]
-    result = run_program("tools/run_exported.py", *arguments, env=bare)
+    result = run_here("tools/run_exported.py", *arguments)
     assert_told(result, *parts)
     assert result.returncode == 2
 

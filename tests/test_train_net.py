@@ -56,10 +56,10 @@ def test_training_evaluates_logs_and_saves(trained):
     assert "no CUDA" in (output / "log.txt").read_text() or torch.cuda.is_available()
 
 
-def test_eval_only_repeats_the_evaluation(trained, tiny_coco, tmp_path):
+def test_eval_only_repeats_the_evaluation(trained, tiny_coco, tmp_path, train_net_here):
     _, output = trained
     weights = ["MODEL.WEIGHTS", output / "model_final.pth"]
-    result = train_net(*tiny_run(tiny_coco, tmp_path, "--eval-only"), *weights)
+    result = train_net_here(*tiny_run(tiny_coco, tmp_path, "--eval-only"), *weights)
     assert result.returncode == 0, result.stderr
     detections = [
         json.loads((folder / "inference" / "coco_instances_results.json").read_text())
@@ -69,10 +69,10 @@ def test_eval_only_repeats_the_evaluation(trained, tiny_coco, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_path):
+def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_path, train_net_here):
     shutil.copytree(trained[1], tmp_path / "output")
     output = tmp_path / "output"
-    result = train_net(
+    result = train_net_here(
         *tiny_run(tiny_coco, output, "--resume"), "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()"
     )
     assert result.returncode == 0, result.stderr
@@ -87,12 +87,15 @@ def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_pat
 
 
 @pytest.mark.parametrize("balances", [[], COMPONENTS_OFF], ids=["balanced", "plain"])
-def test_same_seed_same_model(tiny_coco, tmp_path, balances):
+def test_same_seed_same_model(trained, tiny_coco, tmp_path, train_net_here, balances):
+    """The balanced one in this process as in another, where it was evaluated as well."""
     weights = []
-    for run in ("a", "b"):
-        result = train_net(*tiny_run(tiny_coco, tmp_path / run), *balances, "DATASETS.TEST", "()")
-        assert result.returncode == 0, result.stderr
-        checkpoint = torch.load(tmp_path / run / "model_final.pth", weights_only=True)
+    for output in (tmp_path / "a", tmp_path / "b" if balances else trained[1]):
+        if output != trained[1]:
+            run = tiny_run(tiny_coco, output)
+            result = train_net_here(*run, *balances, "DATASETS.TEST", "()")
+            assert result.returncode == 0, result.stderr
+        checkpoint = torch.load(output / "model_final.pth", weights_only=True)
         weights.append(checkpoint["model"])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -108,7 +111,7 @@ def test_bccd_as_registered(bccd_root, tmp_path):
     assert "dropped 1 annotation(s)" in warning and "annotation 2288" in warning
 
 
-def test_contact_sheet(trained, tiny_coco, tmp_path):
+def test_contact_sheet(trained, tiny_coco, tmp_path, run_here):
     predictions = trained[1] / "inference" / "coco_instances_results.json"
     sheet = tmp_path / "sheets" / "sheet.png"
     arguments = [
@@ -120,17 +123,11 @@ def test_contact_sheet(trained, tiny_coco, tmp_path):
     image = cv2.imread(str(sheet))
     assert image is not None and image.shape[1] > 3 * 2 * 320 and image.std() > 10
 
-    assert_told(
-        run_program("tools/contact_sheet.py", tmp_path / "none.json", *arguments),
-        "none.json",
-        "No such file",
-    )
-    (tmp_path / "other.json").write_text(
-        '[{"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'
-    )
-    assert_told(
-        run_program("tools/contact_sheet.py", tmp_path / "other.json", *arguments), "image 77"
-    )
+    result = run_here("tools/contact_sheet.py", tmp_path / "none.json", *arguments)
+    assert_told(result, "none.json", "No such file")
+    other = tmp_path / "other.json"
+    other.write_text('[{"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
+    assert_told(run_here("tools/contact_sheet.py", other, *arguments), "image 77")
 
 
 def broken_json(folder):
