@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 
 import cv2
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from .conftest import TINY_MODEL, assert_told, logged, run_program, train_net
 
@@ -54,6 +56,12 @@ def test_training_evaluates_logs_and_saves(trained):
     for name in ("model_final.pth", "config.yaml", "log.txt", "last_checkpoint"):
         assert (output / name).is_file()
     assert "no CUDA" in (output / "log.txt").read_text() or torch.cuda.is_available()
+    assert not re.search("evaluating|checking data", result.stderr)  # bars are for terminals
+    (events,) = output.glob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events))
+    shown.Reload()
+    assert shown.Tags()["images"] == ["tiny/1", "tiny/3", "tiny/4", "tiny/6"]
+    assert "roi_head/num_neg_bin2" in shown.Tags()["scalars"]
 
 
 def test_eval_only_repeats_the_evaluation(trained, tiny_coco, tmp_path, train_net_here):

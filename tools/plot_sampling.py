@@ -10,7 +10,12 @@ import os
 import sys
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.analysis.sampling import HARD_IOU, hard_share, sample_negatives
+from balanced_d2.analysis.sampling import (
+    HARD_IOU,
+    check_samples_proposals,
+    hard_share,
+    sample_negatives,
+)
 from balanced_d2.data.check import check_datasets
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import UserError, tell_user_errors
@@ -22,6 +27,7 @@ def main(args: argparse.Namespace) -> None:
     if args.iterations < 1:
         raise UserError(f"--iterations is {args.iterations}; at least 1 is needed")
     cfg = config_from(args)
+    check_samples_proposals(cfg)
     picture = args.output or os.path.join(cfg.OUTPUT_DIR, "sampling.png")
     check_picture(picture)
     cfg.SEED = max(cfg.SEED, 0)  # the same plot every time

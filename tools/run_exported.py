@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def with_bar(paths: list):
-    """The paths, with a bar where tqdm is installed: in a terminal that does not get the results."""
+    """The paths, with a bar if tqdm is installed and no terminal gets the results."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -6,7 +6,7 @@ from typing import Dict, List
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
@@ -49,7 +49,18 @@ def hard_share(ious: np.ndarray) -> float:
     return float((ious > HARD_IOU).mean()) if len(ious) else 0.0
 
 
-def sample_negatives(cfg: CfgNode, model: torch.nn.Module, num_iterations: int) -> SampledNegatives:
+def check_samples_proposals(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if the model of a config is no two-stage detector with an RPN."""
+    model = cfg.MODEL
+    is_two_stage = issubclass(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE), GeneralizedRCNN)
+    if not is_two_stage or model.LOAD_PROPOSALS:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE} without an RPN of its own samples "
+            "none of its proposals; only two-stage detectors such as Faster R-CNN do"
+        )
+
+
+def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) -> SampledNegatives:
     """Sample from a model's proposals on training data, in every way in turn.
 
     Each way is given the same proposals, made as in training: augmented images of
@@ -58,17 +69,9 @@ def sample_negatives(cfg: CfgNode, model: torch.nn.Module, num_iterations: int) 
 
     Args:
         cfg: of the model. ``SEED`` makes the result repeatable.
-        model: a two-stage detector with the weights that are of interest.
+        model: that of ``cfg``, see :func:`check_samples_proposals`, with the weights of interest.
         num_iterations: how many batches of images.
-
-    Raises:
-        UserError: if the model samples no proposals.
     """
-    if not isinstance(model, GeneralizedRCNN) or model.proposal_generator is None:
-        raise UserError(
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} samples no proposals: only "
-            "two-stage detectors with an RPN do"
-        )
     samplers = {name: _sampler(cfg, name) for name in NEGATIVE_SAMPLERS}
     everything = _sampler(cfg, "random")
     everything.batch_size_per_image = int(1e9)
