@@ -1,9 +1,11 @@
 """Errors that are the user's to mend, and how programs tell them."""
 
+import signal
 import sys
 from typing import Callable, Collection, Sequence
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class UserError(ValueError):
@@ -45,7 +47,8 @@ def tell_user_errors(main: Callable, *args) -> int:
     """Call ``main(*args)``; print a :class:`UserError` as one line on standard error.
 
     Returns:
-        The exit code for the program: 0, 2 after an error, or that of a :class:`StopTraining`.
+        The exit code for the program: 0, 2 after an error, that of a :class:`StopTraining`, or 130
+        after Ctrl-C.
     """
     try:
         main(*args)
@@ -56,4 +59,7 @@ def tell_user_errors(main: Callable, *args) -> int:
         is_error = stop.exit_code == EXIT_USER_ERROR
         print(f"error: {stop}" if is_error else stop, file=sys.stderr, flush=True)
         return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     return 0
