@@ -28,7 +28,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The fault and property tests at length: about an hour and a half on two cores.
+# The fault and property tests at length: about half an hour on two cores.
 soak: $(READY)
 	NUM_KILLS=30 HYPOTHESIS_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 \
 		tests/test_reliability.py tests/test_properties.py

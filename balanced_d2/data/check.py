@@ -7,7 +7,6 @@ from typing import Dict, Iterator, List, Optional, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from tqdm import tqdm
 
 from balanced_d2.data.check_coco import check_coco
 from balanced_d2.data.classes import check_classes
@@ -15,6 +14,7 @@ from balanced_d2.data.clean import Finding, clean, found, label_of, tell
 from balanced_d2.data.coco import told_as_annotation_error
 from balanced_d2.errors import UserError
 from balanced_d2.evaluation.build import check_evaluator
+from balanced_d2.progress import WithBar
 
 
 def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -> None:
@@ -43,7 +43,7 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         check_sigmas(cfg)
     usable = 0
     names = list(dict.fromkeys((*trained, *evaluated)))
-    for name in tqdm(names, desc="checking data", unit="data set", leave=False, disable=None):
+    for name in WithBar(names, desc="checking data", unit="data set"):
         check_registered(name)
         check_files(name)
         json_file = coco_file(name)

@@ -6,7 +6,8 @@ from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 from omegaconf import DictConfig
 
-from balanced_d2.engine.trainer import BalancedTrainer, with_bar
+from balanced_d2.engine.trainer import BalancedTrainer
+from balanced_d2.progress import WithBar
 
 
 def lazy_trainer(lazy: DictConfig) -> Type[BalancedTrainer]:
@@ -39,6 +40,6 @@ def lazy_trainer(lazy: DictConfig) -> Type[BalancedTrainer]:
         def build_test_loader(cls, cfg, dataset_name):
             loader = lazy.dataloader.test.copy()
             loader.dataset.names = dataset_name
-            return with_bar(instantiate(loader), dataset_name)
+            return WithBar(instantiate(loader), desc=f"evaluating {dataset_name}", unit="batch")
 
     return LazyTrainer

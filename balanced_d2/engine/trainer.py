@@ -3,7 +3,6 @@
 import logging
 import os
 import weakref
-from typing import Iterable
 
 import torch
 from detectron2.engine import DefaultTrainer, hooks
@@ -11,7 +10,6 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
 from balanced_d2.compat import ddp_on_any_device
@@ -20,6 +18,7 @@ from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.errors import StopTraining
 from balanced_d2.evaluation.build import build_evaluator
+from balanced_d2.progress import WithBar
 from balanced_d2.visualization.validation_images import ValidationImages
 
 
@@ -69,7 +68,8 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return with_bar(super().build_test_loader(cfg, dataset_name), dataset_name)
+        loader = super().build_test_loader(cfg, dataset_name)
+        return WithBar(loader, desc=f"evaluating {dataset_name}", unit="batch")
 
     def build_writers(self):
         if self.cfg.WANDB.ENABLED:
@@ -141,11 +141,6 @@ class BalancedTrainer(DefaultTrainer):
             self._trainer.data_loader.load_state_dict(state_dict["loader"])
         else:
             logger.warning("the checkpoint does not say which images came next: the order is anew")
-
-
-def with_bar(test_loader: Iterable, dataset_name: str) -> Iterable:
-    """The loader, which shows in a terminal how far it is; a log file has Detectron2's lines."""
-    return tqdm(test_loader, desc=f"evaluating {dataset_name}", unit="batch", disable=None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

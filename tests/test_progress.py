@@ -1,0 +1,39 @@
+"""Bars in a terminal, none in a log file."""
+
+import io
+import logging
+import sys
+
+import pytest
+
+from balanced_d2.progress import WithBar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "log file"])
+def test_bar(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    logger, handler = logging.getLogger("balanced_d2"), logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    try:
+        bar = WithBar([3, 4, 5], desc="counting", unit="number")
+        assert stream.getvalue() == ""  # nothing before it begins
+        assert len(bar) == 3
+        for number in bar:
+            if number == 4:
+                logger.warning("in the middle")
+        assert handler in logger.handlers
+    finally:
+        logger.removeHandler(handler)
+    text = stream.getvalue()
+    if not stream.isatty():
+        assert text == "in the middle\n"
+        return
+    assert "counting: 100%" in text and "3/3" in text
+    # The line stands alone: the bar has been wiped before it, and is drawn anew after it.
+    before, after = text.split("in the middle\n")
+    assert before.endswith("\r") and "counting" in after
