@@ -6,13 +6,12 @@ Pictures keep the names of their images. Without --output they are shown in a wi
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
@@ -20,6 +19,7 @@ from balanced_d2.errors import UserError, first_of, tell_user_errors
 from balanced_d2.files import check_writable, open_replacing
 from balanced_d2.visualization import as_records
 from balanced_d2.visualization.images import read_bgr
+from balanced_d2.visualization.video import VideoReader, create_video
 
 # isort: split
 import cv2
@@ -34,7 +34,6 @@ IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 WINDOW = "balanced_d2: any key for the next, Esc or q to end"
 ESCAPE = 27
-DEFAULT_FPS = 25.0
 
 
 class Source(NamedTuple):
@@ -43,10 +42,11 @@ class Source(NamedTuple):
     path: str
     output: Optional[str]
     """Where the drawn one goes; None: into a window."""
+    is_webcam: bool = False
 
     @property
     def is_video(self) -> bool:
-        return self.path.lower().endswith(VIDEOS)
+        return self.is_webcam or self.path.lower().endswith(VIDEOS)
 
     @property
     def json(self) -> str:
@@ -59,7 +59,11 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--confidence-threshold is {args.confidence_threshold}, not in [0, 1]")
     if args.json and not args.output:
         raise UserError("--json is written beside the pictures: it needs --output")
-    sources = webcam(args.output) if args.webcam else list_sources(args.input, args.output)
+    if args.webcam:
+        video = args.output and os.path.join(args.output, "webcam.mp4")
+        sources = [Source("webcam", video, is_webcam=True)]
+    else:
+        sources = list_sources(args.input, args.output)
     check_output(sources, args.output)
     cfg = config_from(args)
     set_threshold(cfg, args.confidence_threshold)
@@ -69,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     progress = tqdm(sources, desc="detecting", unit="file", disable=disable_bar(sources))
     for source in progress:
         try:
-            process = process_video if source.is_video or args.webcam else process_image
+            process = process_video if source.is_video else process_image
             num_found += process(source, predictor, args.json)
         except UserError as error:  # the others are still worth their pictures
             failed.append(str(error))
@@ -133,10 +137,6 @@ def picture(path: str, output: str, names: Set[str]) -> str:
     return os.path.join(output, name + suffix)
 
 
-def webcam(output: Optional[str]) -> List[Source]:
-    return [Source("0", output and os.path.join(output, "webcam.mp4"))]
-
-
 def check_output(sources: List[Source], output: Optional[str]) -> None:
     """Raise :class:`UserError` where pictures can neither be written nor shown."""
     if not output:
@@ -190,81 +190,43 @@ def process_video(source: Source, predictor: DefaultPredictor, with_json: bool) 
     Ctrl-C ends it, with what has been written up to then.
     """
     visualizer = VideoVisualizer(predictor.metadata)
+    writer = None
     frames: List[Dict] = []
     num_found = 0
     with ExitStack() as stack:
-        video = stack.enter_context(open_video(source.path))
-        fps = video.get(cv2.CAP_PROP_FPS)
-        fps = fps if math.isfinite(fps) and fps > 0 else DEFAULT_FPS
-        progress = stack.enter_context(
-            tqdm(
-                read_frames(video),
-                total=max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None,
-                desc=os.path.basename(source.path) if source.is_video else "webcam",
-                unit="frame",
-                disable=None,
-            )
+        video = stack.enter_context(VideoReader(0 if source.is_webcam else source.path))
+        progress = tqdm(
+            video,
+            total=video.num_frames or None,
+            desc=os.path.basename(source.path),
+            unit="frame",
+            disable=None,
         )
-        writer = None
+        stack.enter_context(progress)
         try:
             for number, frame in enumerate(progress):
                 detections = predictor(frame)["instances"].to("cpu")
-                num_found += len(detections)
                 rgb = np.ascontiguousarray(frame[:, :, ::-1])
-                drawn = visualizer.draw_instance_predictions(rgb, detections)
-                picture = np.ascontiguousarray(drawn.get_image()[:, :, ::-1])
+                drawn = visualizer.draw_instance_predictions(rgb, detections).get_image()
+                picture = np.ascontiguousarray(drawn[:, :, ::-1])
                 if source.output is None:
                     show(picture, wait=1)
-                    continue
-                if writer is None:
-                    writer = stack.enter_context(
-                        create_video(source.output, fps, picture.shape[1::-1])
-                    )
-                writer.write(picture)
-                found = as_records(detections, predictor.metadata.thing_classes)
-                frames.append({"frame": number, "detections": found})
+                else:
+                    if writer is None:
+                        size = picture.shape[1::-1]
+                        writer = stack.enter_context(create_video(source.output, video.fps, size))
+                    writer.write(picture)
+                if with_json:
+                    found = as_records(detections, predictor.metadata.thing_classes)
+                    frames.append({"frame": number, "detections": found})
+                num_found += len(detections)
         except KeyboardInterrupt:
             tqdm.write("interrupted: the frames up to here are kept")
-    if not frames and source.output:
-        raise UserError(f"cannot read the video {source.path}: no frame of it can be decoded")
+        if source.output and writer is None:
+            raise UserError(f"cannot read the video {source.path}: it has no frame to be decoded")
     if with_json:
-        write_json(source.json, {"video": source.path, "fps": fps, "frames": frames})
+        write_json(source.json, {"video": source.path, "fps": video.fps, "frames": frames})
     return num_found
-
-
-@contextmanager
-def open_video(path: str) -> Iterator[cv2.VideoCapture]:
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # told below, in a line
-    video = cv2.VideoCapture(int(path) if path.isdigit() else path)
-    try:
-        if not video.isOpened():
-            raise UserError(
-                "there is no webcam that can be opened"
-                if path.isdigit()
-                else f"cannot read the video {path}"
-            )
-        yield video
-    finally:
-        video.release()
-
-
-def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
-        success, frame = video.read()
-        if not success:
-            return
-        yield frame
-
-
-@contextmanager
-def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.VideoWriter]:
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-    if not writer.isOpened():
-        raise UserError(f"cannot write the video {path}")
-    try:
-        yield writer
-    finally:
-        writer.release()
 
 
 def show(picture: np.ndarray, wait: int) -> None:

@@ -1,0 +1,75 @@
+"""Videos and webcams, read and written with OpenCV."""
+
+import math
+from contextlib import contextmanager
+from typing import Iterator, Tuple
+
+import cv2
+import numpy as np
+
+from balanced_d2.errors import UserError
+
+DEFAULT_FPS = 25.0
+
+
+class VideoReader:
+    """The frames of a video or of a webcam.
+
+    Args:
+        source: the path of a video, or the number of a webcam.
+
+    Attributes:
+        fps: frames per second; 25 where the source does not say.
+        num_frames: how many there are, 0 where that is not known.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+
+    def __init__(self, source: str | int):
+        # What OpenCV says of a file that it cannot open is told below, in a line.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        self._capture = cv2.VideoCapture(source)
+        if not self._capture.isOpened():
+            is_webcam = isinstance(source, int)
+            raise UserError(
+                "there is no webcam that can be opened"
+                if is_webcam
+                else f"cannot read the video {source}"
+            )
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if math.isfinite(fps) and fps > 0 else DEFAULT_FPS
+        self.num_frames = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Frames, uint8, shape (H, W, 3), BGR."""
+        while True:
+            success, frame = self._capture.read()
+            if not success:
+                return
+            yield frame
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._capture.release()
+
+
+@contextmanager
+def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.VideoWriter]:
+    """An MP4 file to write frames to (``write``, BGR); it can be played when this is left.
+
+    Args:
+        size: width and height of the frames.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
+    if not writer.isOpened():
+        raise UserError(f"cannot write the video {path}")
+    try:
+        yield writer
+    finally:
+        writer.release()
