@@ -43,6 +43,16 @@ def dataset(**changes):
     }
 
 
+def test_numbers_of_categories_are_no_matter_for_a_warning(tmp_path, name, caplog):
+    annotation = {"id": 7, "image_id": 1, "category_id": 5, "bbox": [1, 2, 3, 4], "iscrowd": 0}
+    content = dataset(annotations=[annotation], categories=[{"id": 5, "name": "thing"}])
+    json_file = write(tmp_path / "a.json", content)
+    with caplog.at_level(logging.INFO):
+        (record,) = load_coco(name, json_file, str(tmp_path))
+    assert record["annotations"][0]["category_id"] == 0
+    assert "Loaded 1 images" in caplog.text and "mapping" not in caplog.text
+
+
 def test_degenerate_boxes_are_dropped_with_one_warning(tmp_path, name, caplog):
     json_file = write(tmp_path / "a.json", dataset())
     with caplog.at_level(logging.WARNING, "balanced_d2"):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 from contextlib import contextmanager
 from typing import Callable, Dict, List
@@ -64,11 +65,27 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         raise UserError(f"data set {name!r}: annotation file {json_file} does not exist")
     if not os.path.isdir(image_root):
         raise UserError(f"data set {name!r}: image folder {image_root} does not exist")
-    with told_as_annotation_error(name, json_file), garbage_kept():
+    with told_as_annotation_error(name, json_file), garbage_kept(), _mapping_untold():
         records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
         if any("keypoints" in annotation for r in records for annotation in r["annotations"]):
             _set_keypoints(name, json_file)
     return clean(name, records, json_file)
+
+
+@contextmanager
+def _mapping_untold():
+    """Within it, Detectron2 does not warn that it numbers the categories anew, which it always does
+    and which is nothing to mend."""
+    logger = logging.getLogger(load_coco_json.__module__)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "apply a mapping" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _set_keypoints(name: str, json_file: str) -> None:
