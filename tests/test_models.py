@@ -125,6 +125,10 @@ def test_adding_the_config_changes_no_default():
         "MODEL.RETINANET.BALANCED_L1_GAMMA",
         "MODEL.RETINANET.BALANCED_L1_BETA",
         "MODEL.RETINANET.CLIP_BEFORE_NMS",
+        "TEST.NUM_IMAGES_SHOWN",
+        "WANDB.ENABLED",
+        "WANDB.NAME",
+        "WANDB.PROJECT",
     }
 
 

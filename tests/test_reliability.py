@@ -78,7 +78,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
     workers = str(chance.randint(0, 2))
     process = start(arguments(tiny_coco, output, "DATALOADER.NUM_WORKERS", workers))
     if kill % 2:
-        number = chance.choice(("0000002", "0000005", "0000008", "0000011"))
+        number = chance.choice(("0000002", "0000005", "0000008", "0000011", "final"))
         names = (f"model_{number}.pth.partial", f"model_{number}.pth")
         while not any((output / name).exists() for name in names) and process.poll() is None:
             time.sleep(0.0002)
@@ -130,6 +130,28 @@ def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path,
         assert f"{output / name} cannot be read and is passed over" in text
     assert "Starting training from iteration 9" in text
     assert_same_weights(weights(output), weights(uninterrupted))
+
+
+def test_killed_after_the_last_iteration(uninterrupted, tiny_coco, tmp_path, train_net_here):
+    """While the final weights were being written: no iteration is left that would write them."""
+    output = tmp_path / "output"
+    shutil.copytree(uninterrupted, output)
+    (output / "model_final.pth").rename(output / "model_final.pth.partial")
+    (output / "last_checkpoint").write_text("model_0000011.pth")
+    result = train_net_here("--resume", *arguments(tiny_coco, output))
+    assert result.returncode == 0, result.stdout
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    final, expected = (
+        torch.load(folder / "model_final.pth", weights_only=True)
+        for folder in (output, uninterrupted)
+    )
+    assert_same_weights(final["model"], expected["model"])
+    assert final["iteration"] == expected["iteration"] == 11
+    assert final["trainer"]["iteration"] == expected["trainer"]["iteration"]
+    assert final["trainer"]["loader"] == expected["trainer"]["loader"]
+    written = (output / "model_final.pth").stat().st_mtime_ns
+    assert train_net_here("--resume", *arguments(tiny_coco, output)).returncode == 0
+    assert (output / "model_final.pth").stat().st_mtime_ns == written
 
 
 def test_loss_that_is_not_finite(tiny_coco, tmp_path, train_net_here):

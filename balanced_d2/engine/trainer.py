@@ -78,6 +78,12 @@ class BalancedTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume=True):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not resume or self.start_iter != self.max_iter:
+            return
+        # It was stopped after its last iteration, so that no other will save the final weights.
+        newest = os.path.basename(self.checkpointer.get_checkpoint_file())
+        if newest and newest != "model_final.pth":
+            self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self):
         """
