@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Train every row of the ablation over several seeds, and write one JSON line for each run.
+
+Runs of one seed begin with the same weights, where shapes agree, and see the same images in the
+same order. What has its line already is not run again, and a run that was interrupted goes on from
+its last checkpoint.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, List, NamedTuple
+
+# First, so that importing Detectron2 is quiet.
+from balanced_d2.analysis.metrics import read_metrics
+from balanced_d2.config import load_config
+from balanced_d2.data.shapes import CLASSES, ShapesConfig, ensure_shapes
+from balanced_d2.errors import UserError, check_choice, first_of, tell_user_errors
+from balanced_d2.files import check_writable, open_replacing
+from balanced_d2.randomness import seed_all
+
+# isort: split
+import torch
+from detectron2.modeling import build_model
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "BCCD" / "faster_rcnn_R_18_FPN.yaml")
+
+SAMPLING = ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"]
+FEATURES = ["MODEL.BALANCED_FPN.ENABLED", "True"]
+LOSS = ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_l1"]
+INSTANCES = ["MODEL.ROI_HEADS.POSITIVE_SAMPLER", "instance_balanced"]
+ROWS = {
+    "plain": [],
+    "sampling": SAMPLING,
+    "feature balance": FEATURES,
+    "Balanced L1": LOSS,
+    "all": [*SAMPLING, *FEATURES, *LOSS],
+    "all, instance-balanced positives": [*SAMPLING, *FEATURES, *LOSS, *INSTANCES],
+}
+"""The options of each row, on top of the plain config."""
+
+SHAPES = {
+    "shapes_1": ShapesConfig(shape_size=(28.0, 36.0)),
+    "shapes_3": ShapesConfig(shape_size=(18.3, 55.0)),
+    "shapes_7": ShapesConfig(),
+}
+"""Generated data, by about how many times as large its largest shape is as its smallest."""
+
+# How initial weights come about; another purpose of the same seed has another number.
+WEIGHT_SEEDS = 4
+
+
+class Run(NamedTuple):
+    data: str
+    row: str
+    seed: int
+
+    def folder(self, output: str) -> str:
+        return os.path.join(output, self.data, f"{self.row.replace(' ', '_')}-{self.seed}")
+
+
+class Study(NamedTuple):
+    """Where runs are and how they are made."""
+
+    output: str
+    results: str
+    threads: int
+    opts: List[str]
+    """Config options for all rows."""
+
+
+def main(args: argparse.Namespace) -> None:
+    for row in args.rows:
+        check_choice("row", row, ROWS)
+    check_writable(args.results)
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    study = Study(args.output, args.results, threads, args.opts)
+    done = {Run(line["data"], line["row"], line["seed"]) for line in read_lines(args.results)}
+    runs = [Run(args.data, row, seed) for seed in args.seeds for row in args.rows]
+    todo = [run for run in runs if run not in done]
+    if args.data in SHAPES:
+        ensure_shapes(shapes_folder(study, args.data), SHAPES[args.data])
+    for seed in sorted({run.seed for run in todo}):
+        write_initial_weights(study, args.data, seed)
+    failed = []
+    with (
+        ThreadPoolExecutor(args.jobs) as pool,
+        tqdm(total=len(todo), desc=args.data, unit="run", disable=None) as bar,
+    ):
+        for run, error in zip(todo, pool.map(lambda run: train(study, run), todo)):
+            bar.update()
+            failed += [f"{run.row}, seed {run.seed}: {error}"] if error else []
+    if failed:
+        raise UserError(f"{len(failed)} run(s) failed: {first_of(failed)}")
+
+
+def read_lines(path: str) -> List[Dict]:
+    """The lines of a file of results, none if there is no file."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is no file of results: {error}") from error
+
+
+def shapes_folder(study: Study, data: str) -> str:
+    return os.path.join(study.output, "data", data)
+
+
+def initial_weights(study: Study, data: str, seed: int) -> str:
+    return os.path.join(study.output, data, f"initial-{seed}.pth")
+
+
+def options(study: Study, run: Run) -> List[str]:
+    """The options of a run, but for its weights."""
+    opts = ["SEED", str(run.seed), "OUTPUT_DIR", run.folder(study.output)]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "100"]
+    if run.data in SHAPES:
+        opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
+        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), "SOLVER.MAX_ITER", "280"]
+        opts += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128"]
+    return [*opts, *ROWS[run.row], *study.opts]
+
+
+def write_initial_weights(study: Study, data: str, seed: int) -> None:
+    """Weights of the plain model, which every row of the seed begins with."""
+    path = initial_weights(study, data, seed)
+    if os.path.exists(path):
+        return
+    check_writable(path)
+    opts = [*options(study, Run(data, "plain", seed)), "MODEL.DEVICE", "cpu"]
+    seed_all(WEIGHT_SEEDS, seed)
+    model = build_model(load_config(CONFIG, opts))
+    with open_replacing(path, "wb") as file:
+        torch.save({"model": model.state_dict()}, file)
+
+
+def train(study: Study, run: Run) -> str:
+    """Train, evaluate and write the line of a run; return what went wrong, or ""."""
+    folder = run.folder(study.output)
+    os.makedirs(folder, exist_ok=True)
+    opts = options(study, run)
+    register = []
+    if run.data in SHAPES:
+        shapes = shapes_folder(study, run.data)
+        for split in ("train", "val"):
+            files = os.path.join(shapes, f"{split}.json"), os.path.join(shapes, split)
+            register += ["--register", split, *files]
+    with open(os.path.join(folder, "output.txt"), "a") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, str(ROOT / "train_net.py"), "--resume", *register),
+                *("--config-file", CONFIG, *opts),
+                *("MODEL.WEIGHTS", initial_weights(study, run.data, run.seed)),
+            ],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(study.threads),
+                "PYTHONPATH": str(ROOT),
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        return f"exit code {process.returncode}, see {log.name}"
+    metrics = read_metrics(folder)
+    cfg = load_config(CONFIG, [*opts, "MODEL.DEVICE", "meta"])
+    parameters = sum(p.numel() for p in build_model(cfg).parameters())
+    line = {
+        **run._asdict(),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "results": {
+            name.removeprefix("bbox/"): list(values.values())[-1]
+            for name, values in metrics.items()
+            if name.startswith("bbox/")
+        },
+        "parameters": parameters,
+        "seconds_per_iteration": statistics.median(metrics["time"].values()),
+        "peak_memory_mib": round(usage.ru_maxrss / 1024),
+        "threads": study.threads,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "options": [*ROWS[run.row], *study.opts],
+    }
+    with open(study.results, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return ""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="bccd", choices=["bccd", *SHAPES])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
+    parser.add_argument(
+        "--results", required=True, metavar="FILE.jsonl", help="lines are added to it"
+    )
+    parser.add_argument(
+        "--output", default="output/study", metavar="DIR", help="for checkpoints and logs"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at the same time, sharing the cores"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options of all rows"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(tell_user_errors(main, parse_args()))
