@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from detectron2.utils.visualizer import Visualizer
 
 from balanced_d2 import load_config
 from balanced_d2.analysis.features import balance_levels, energy
@@ -284,7 +286,7 @@ def test_plot_training(run_here, demo, tmp_path):
 @pytest.fixture
 def tiny(tiny_coco):
     register_coco("tiny_shown", str(tiny_coco), str(tiny_coco.parent / "images"))
-    yield "tiny_shown", json.loads(tiny_coco.read_text())["images"]
+    yield "tiny_shown", json.loads(tiny_coco.read_text())["images"], tiny_coco.parent / "images"
     DatasetCatalog.remove("tiny_shown")
     MetadataCatalog.remove("tiny_shown")
 
@@ -298,7 +300,7 @@ def outputs_of(images, score):
 
 
 def test_validation_images(tiny):
-    name, images = tiny
+    name, images, folder = tiny
 
     def shown(score, num_images=3):
         with EventStorage(7) as storage:
@@ -315,14 +317,17 @@ def test_validation_images(tiny):
     for tag, (picture, step) in detected.items():
         assert step == 7 and picture.dtype == np.uint8
         assert picture.shape == (3, 256, 644)
+        file_name = f"{tag.partition('/')[2]}.jpg"
+        image = read_image(str(folder / file_name), format="RGB")
+        untouched = Visualizer(image, scale=4).get_output().get_image().transpose(2, 0, 1)
         left, right = picture[:, :, :320], picture[:, :, 324:]
-        # Without a detection that reaches the threshold, the right side is the image alone.
-        untouched = below[tag][0][:, :, 324:]
         assert (left != untouched).any() and (right != untouched).any()
+        # No detection reaches the threshold.
+        assert (below[tag][0][:, :, 324:] == untouched).all()
 
 
 def test_validation_images_outside_a_training(tiny):
-    name, images = tiny
+    name, images, _ = tiny
     evaluator = ValidationImages(name)
     evaluator.reset()
     for inputs, outputs in outputs_of(images, 0.9):
