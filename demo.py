@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Set
 
 # First, so that importing Detectron2 is quiet.
+from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import UserError, first_of, tell_user_errors
 from balanced_d2.files import check_writable, open_replacing
 from balanced_d2.visualization import as_records
-from balanced_d2.visualization.images import read_bgr
 from balanced_d2.visualization.video import VideoReader, create_video
 
 # isort: split
@@ -166,7 +166,7 @@ def set_threshold(cfg: CfgNode, threshold: float) -> None:
 
 def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
     """Detect on an image, draw it; return the number of detections."""
-    image = read_bgr(source.path)
+    image = read_image(source.path)
     detections = predictor(image)["instances"].to("cpu")
     rgb = Visualizer(image[:, :, ::-1], predictor.metadata).draw_instance_predictions(detections)
     picture = rgb.get_image()[:, :, ::-1]

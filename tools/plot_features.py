@@ -10,18 +10,18 @@ import sys
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.features import balance_levels, energy
+from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import tell_user_errors
 from balanced_d2.visualization.feature_sheet import draw_features
 from balanced_d2.visualization.figure import check_picture, save_figure
-from balanced_d2.visualization.images import read_bgr
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
     picture = args.output or os.path.join(cfg.OUTPUT_DIR, "features.png")
     check_picture(picture)
-    image = read_bgr(args.input)
+    image = read_image(args.input)
     levels = balance_levels(build_predictor(cfg, "look at"), image)
 
     print(f"{'level':<6}{'size':>10}{'before':>12}{'after':>12}{'added':>12}{'after / before':>16}")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 
+from balanced_d2.data.image import read_image
 from balanced_d2.errors import UserError
 
 
@@ -47,10 +47,7 @@ def _round_up(length: int, multiple: int) -> int:
 def _read(file: str, cfg: CfgNode) -> np.ndarray:
     if not file:
         return _first_test_image(cfg)
-    try:
-        return read_image(file, format=cfg.INPUT.FORMAT)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot read the sample image {file}: {error}") from error
+    return read_image(file, cfg.INPUT.FORMAT, what="sample image")
 
 
 def _first_test_image(cfg: CfgNode) -> np.ndarray:

@@ -4,13 +4,12 @@ from typing import Optional, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from balanced_d2.evaluation.errors import KINDS, Analysis
+from balanced_d2.visualization.figure import COLORS, GREY, new_figure
 
 MAX_CLASSES = 20
 MAX_NAME = 24
-BLUE, RED, GREY = "#3b6ea5", "#c8553d", "#555555"
 INCHES_PER_BAR = 0.27
 NONE = "-"
 
@@ -33,11 +32,8 @@ def draw_error_chart(analysis: Analysis, title: str) -> Figure:
     total = analysis.total
 
     rows = [len(shown) + 2.5, len(total.ap) + 2.5]
-    figure = Figure(
-        (12, max(INCHES_PER_BAR * sum(rows) + 1, 5)),
-        dpi=90,
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
-    )
+    figure = new_figure(11, max(INCHES_PER_BAR * sum(rows) + 1, 4.5))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     scores = f"AP {total.ap['all']:.1f}, AP50 {analysis.ap50:.1f}"
     figure.suptitle(f"{title}: {scores}", fontsize=13, parse_math=False)
     grid = figure.add_gridspec(2, 2, height_ratios=rows, wspace=0.06)
@@ -45,19 +41,19 @@ def draw_error_chart(analysis: Analysis, title: str) -> Figure:
 
     axes = figure.add_subplot(grid[0, 0])
     labels = [f"{_short(result.name)} ({result.num_boxes['all']})" for result in shown]
-    _draw_bars(axes, labels, [result.ap["all"] for result in shown], BLUE)
+    _draw_bars(axes, labels, [result.ap["all"] for result in shown], COLORS[0])
     left_out = f": the {MAX_CLASSES} worst of {len(classes)}" if len(classes) > MAX_CLASSES else ""
     axes.set(title=f"AP by class{left_out}", xlim=(0, 100))
 
     axes = figure.add_subplot(grid[1, 0])
     labels = [f"{size} ({total.num_boxes[size]})" for size in total.ap]
-    _draw_bars(axes, labels, list(total.ap.values()), BLUE)
+    _draw_bars(axes, labels, list(total.ap.values()), COLORS[0])
     axes.set(title="AP by size", xlabel=ap_unit, xlim=(0, 100))
 
     axes = figure.add_subplot(grid[:, 1])
     labels = [f"{kind}\n{meaning}" for kind, meaning in KINDS.items()]
     costs = [error.lost for error in analysis.errors]
-    _draw_bars(axes, labels, costs, RED, [f" ({error.number})" for error in analysis.errors])
+    _draw_bars(axes, labels, costs, COLORS[1], [f" ({error.number})" for error in analysis.errors])
     axes.set(
         title="AP50 lost by each kind of error",
         xlabel=f"AP50 lost (points)\nin brackets: errors at score ≥ {analysis.threshold:g}",

@@ -1,0 +1,26 @@
+"""Images of the user's."""
+
+import numpy as np
+from detectron2.data import detection_utils
+
+from balanced_d2.errors import UserError
+
+
+def read_image(path: str, format: str = "BGR", what: str = "image") -> np.ndarray:
+    """Read an image with Detectron2's reader, turned as its EXIF says.
+
+    Args:
+        format: of the channels, such as ``"BGR"`` or ``"RGB"``.
+        what: what the message calls it.
+
+    Returns:
+        uint8, shape (H, W, 3).
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return detection_utils.read_image(path, format=format)
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"cannot read the {what} {path}: {reason}") from error
