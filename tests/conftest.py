@@ -85,6 +85,15 @@ def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
     return json_file
 
 
+def write_bccd(datasets: Path) -> None:
+    """Write what can stand for BCCD to a folder for ``DETECTRON2_DATASETS``."""
+    json_file = write_coco(datasets / "bccd", num_images=4)
+    content = json.loads(json_file.read_text())
+    content["categories"].append({"id": 3, "name": "third"})
+    for split in ("train", "val"):
+        json_file.with_name(f"{split}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory) -> Path:
     """The annotation file of a tiny data set; its images are in ``images/`` beside it."""

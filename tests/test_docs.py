@@ -4,7 +4,6 @@ In order and in one folder, as a reader would: the pages after the README use wh
 trainings and measurements are made short, by programs in front of Python's and PyTorch's own.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import pytest
 
-from .conftest import ROOT, write_coco
+from .conftest import ROOT, write_bccd, write_coco
 
 PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
@@ -83,11 +82,7 @@ def reader(tmp_path_factory):
     for split in ("train", "val"):
         (folder / f"{split}.json").symlink_to(own)
     cv2.imwrite(str(folder / "photo.jpg"), cv2.imread(str(folder / "images" / "1.jpg")))
-    bccd = write_coco(folder / "datasets" / "bccd", num_images=4)
-    content = json.loads(bccd.read_text())
-    content["categories"].append({"id": 3, "name": "third"})
-    for split in ("train", "val"):
-        bccd.with_name(f"{split}.json").write_text(json.dumps(content))
+    write_bccd(folder / "datasets")
     environment = {
         **{k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"},
         "PATH": f"{programs}:{os.environ['PATH']}",
