@@ -24,10 +24,10 @@ def table():
         sys.path.remove(str(ROOT / FOLDER))
 
 
-def train(results, output, datasets, *arguments):
+def train(results, output, datasets, *arguments, opts=()):
     return run_program(
         f"{FOLDER}/train.py",
-        *("--results", results, "--output", output, *arguments, *OPTS),
+        *(*arguments, "--results", results, "--output", output, *OPTS, *opts),
         env={"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
     )
 
@@ -65,7 +65,7 @@ def test_runs_begin_alike_and_are_not_repeated(tmp_path):
     assert results.read_text() == before
     result = train(*arguments, "--rows", "everything")
     assert result.returncode == 2 and "unknown row 'everything'" in result.stderr
-    result = train(*arguments, "--rows", "plain", "--seeds", "4", "MODEL.RESNETS.DEPTH", "7")
+    result = train(*arguments, "--rows", "plain", "--seeds", "4", opts=["MODEL.RESNETS.DEPTH", "7"])
     assert result.returncode != 0 and len(results.read_text().splitlines()) == len(lines)
 
 
