@@ -5,6 +5,7 @@ Pictures keep the names of their images. Without --output they are shown in a wi
 """
 
 import argparse
+import glob
 import json
 import os
 import re
@@ -105,7 +106,8 @@ def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
         UserError: if one is not there.
     """
     paths: List[str] = []
-    for path in inputs:
+    # A pattern in quotes is not expanded by the shell.
+    for path in (p for pattern in inputs for p in sorted(glob.glob(pattern)) or [pattern]):
         if os.path.isdir(path):
             found = [p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in IMAGES + VIDEOS]
             if not found:

@@ -198,7 +198,7 @@ def test_balanced_levels(cfg):
 
 def test_plot_features(run_here, opts, demo, tmp_path):
     image = next((demo / "datasets" / "balanced_shapes" / "val").iterdir())
-    arguments = ["--config-file", DEMO_CONFIG, "--output", tmp_path / "features.png"]
+    arguments = ["--config-file", DEMO_CONFIG, "--output", tmp_path]
     result = run_here("tools/plot_features.py", "--input", image, *arguments, *opts)
     assert result.returncode == 0, result.stderr
     assert_is_picture(tmp_path / "features.png")

@@ -21,15 +21,14 @@ from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
 from balanced_d2.evaluation.predictions import check_predictions, load_predictions
 from balanced_d2.files import replacing
 from balanced_d2.visualization.error_chart import draw_error_chart
-from balanced_d2.visualization.figure import check_picture, save_figure
+from balanced_d2.visualization.figure import place_picture, save_figure
 
 NONE = "-"
 
 
 def main(args: argparse.Namespace) -> None:
     folder = args.output or os.path.dirname(args.predictions) or "."
-    picture = os.path.join(folder, "errors.png")
-    check_picture(picture)
+    picture = place_picture(None, folder, "errors.png")
     annotations = load_annotations(args.annotations)
     predictions = load_predictions(args.predictions)
     check_predictions(

@@ -14,13 +14,12 @@ from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import tell_user_errors
 from balanced_d2.visualization.feature_sheet import draw_features
-from balanced_d2.visualization.figure import check_picture, save_figure
+from balanced_d2.visualization.figure import place_picture, save_figure
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
-    picture = args.output or os.path.join(cfg.OUTPUT_DIR, "features.png")
-    check_picture(picture)
+    picture = place_picture(args.output, cfg.OUTPUT_DIR, "features.png")
     image = read_image(args.input)
     levels = balance_levels(build_predictor(cfg, "look at"), image)
 
@@ -40,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--input", required=True, metavar="IMAGE")
     parser.add_argument(
-        "--output", metavar="FILE.png", help="default: features.png in the config's OUTPUT_DIR"
+        "--output", metavar="FILE.png|DIR", help="default: features.png in the config's OUTPUT_DIR"
     )
     add_model_arguments(parser)
     return parser.parse_args()

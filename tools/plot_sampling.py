@@ -19,7 +19,7 @@ from balanced_d2.analysis.sampling import (
 from balanced_d2.data.check import check_datasets
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.visualization.figure import check_picture, save_figure
+from balanced_d2.visualization.figure import place_picture, save_figure
 from balanced_d2.visualization.sampling_plot import draw_sampling, write_histogram
 
 
@@ -28,8 +28,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--iterations is {args.iterations}; at least 1 is needed")
     cfg = config_from(args)
     check_samples_proposals(cfg)
-    picture = args.output or os.path.join(cfg.OUTPUT_DIR, "sampling.png")
-    check_picture(picture)
+    picture = place_picture(args.output, cfg.OUTPUT_DIR, "sampling.png")
     cfg.SEED = max(cfg.SEED, 0)  # the same plot every time
     cfg.DATASETS.TEST = ()
     check_datasets(cfg)
@@ -58,7 +57,7 @@ def parse_args() -> argparse.Namespace:
         help="how many batches of SOLVER.IMS_PER_BATCH images (default: 50)",
     )
     parser.add_argument(
-        "--output", metavar="FILE.png", help="default: sampling.png in the config's OUTPUT_DIR"
+        "--output", metavar="FILE.png|DIR", help="default: sampling.png in the config's OUTPUT_DIR"
     )
     add_model_arguments(parser)
     return parser.parse_args()

@@ -5,23 +5,21 @@ Loss terms, learning rate, AP and how many negatives were sampled from each bin 
 """
 
 import argparse
-import os
 import sys
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.metrics import names_of_runs, read_metrics
 from balanced_d2.errors import tell_user_errors
-from balanced_d2.visualization.figure import check_picture, save_figure
+from balanced_d2.visualization.figure import place_picture, save_figure
 from balanced_d2.visualization.training_plot import draw_training
 
 
 def main(args: argparse.Namespace) -> None:
-    picture = args.output or os.path.join(args.folders[0], "training.png")
     runs = {
         name: read_metrics(folder)
         for name, folder in zip(names_of_runs(args.folders), args.folders, strict=True)
     }
-    check_picture(picture)
+    picture = place_picture(args.output, args.folders[0], "training.png")
     save_figure(draw_training(runs), picture)
     print(f"picture: {picture}")
 
@@ -32,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of a training")
     parser.add_argument(
-        "--output", metavar="FILE.png", help="default: training.png in the first folder"
+        "--output", metavar="FILE.png|DIR", help="default: training.png in the first folder"
     )
     return parser.parse_args()
 

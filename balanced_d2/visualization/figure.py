@@ -1,6 +1,7 @@
 """Figures of matplotlib that are drawn without a window and written whole."""
 
-from typing import Any, Dict
+import os
+from typing import Any, Dict, Optional
 
 from matplotlib.figure import Figure
 
@@ -17,11 +18,25 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure((width, height), dpi=100, layout="constrained")
 
 
-def check_picture(path: str) -> None:
-    """Raise :class:`UserError` if a figure cannot be written to ``path``, before it is drawn."""
-    if not path.lower().endswith(FORMATS):
+def place_picture(output: Optional[str], folder: str, name: str) -> str:
+    """Where a program writes its figure, before it is drawn.
+
+    Args:
+        output: what the user asks for, a file or a folder; None for the default.
+        folder: where it goes by default.
+        name: of the file in a folder.
+
+    Raises:
+        UserError: if it cannot be written there, or in the format that its name ends in.
+    """
+    path = output or folder
+    suffix = os.path.splitext(path)[1].lower()
+    if not output or os.path.isdir(path) or not suffix:
+        path = os.path.join(path, name)
+    elif suffix not in FORMATS:
         raise UserError(f"{path}: the name of a picture has to end in {', '.join(FORMATS)}")
     check_writable(path)
+    return path
 
 
 def save_figure(figure: Figure, path: str) -> None:

@@ -16,7 +16,7 @@ from scipy import stats
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.visualization.figure import COLORS, GREY, check_picture, new_figure, save_figure
+from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
 from matplotlib.figure import Figure
@@ -73,8 +73,7 @@ def difference(row: Dict[int, float], plain: Dict[int, float]) -> Optional[Diffe
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.plot:
-        check_picture(args.plot)
+    plot = args.plot and place_picture(args.plot, ".", "study.png")
     results: Results = defaultdict(dict)
     for line in read_lines(args.results):
         if line["data"] == args.data:
@@ -83,9 +82,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.results} has no line of the row {PLAIN!r} on {args.data}")
     for table in (metric_table(results), class_table(results), cost_table(results)):
         print("\n".join(map(as_markdown_row, table)) + "\n")
-    if args.plot:
-        save_figure(draw(results, args.data), args.plot)
-        print(f"picture: {args.plot}")
+    if plot:
+        save_figure(draw(results, args.data), plot)
+        print(f"picture: {plot}")
 
 
 def values(results: Results, row: str, metric: str) -> Dict[int, float]:
