@@ -20,7 +20,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 MARK = "not run by the tests: "
 # What cannot be had on this machine, or is run otherwise.
-REASONS = "needs |it runs them|takes half an hour|it serves until it is stopped"
+REASONS = "needs |it runs them|takes (half an hour|four hours)|it serves until it is stopped"
 
 
 class Block(NamedTuple):

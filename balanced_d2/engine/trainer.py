@@ -61,7 +61,7 @@ class BalancedTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluator = build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        if cfg.TEST.NUM_IMAGES_SHOWN == 0:
+        if cfg.TEST.NUM_IMAGES_SHOWN <= 0:
             return evaluator
         shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
         return DatasetEvaluators([evaluator, shown])
