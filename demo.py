@@ -10,15 +10,15 @@ import json
 import os
 import re
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Set
+from typing import Dict, List, NamedTuple, Optional, Set
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
 from balanced_d2.errors import UserError, first_of, tell_user_errors
-from balanced_d2.files import check_writable, open_replacing
+from balanced_d2.files import check_writable, open_replacing, told_as_unwritable
 from balanced_d2.visualization import as_records
 from balanced_d2.visualization.video import VideoReader, create_video
 
@@ -175,7 +175,7 @@ def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) 
     if source.output is None:
         show(picture, wait=0)
         return len(detections)
-    encoded, content = cv2.imencode(Path(source.output).suffix, picture)
+    _, content = cv2.imencode(Path(source.output).suffix, picture)
     with told_as_unwritable(source.output), open_replacing(source.output, "wb") as file:
         file.write(content.tobytes())
     if with_json:
@@ -246,14 +246,6 @@ def show(picture: np.ndarray, wait: int) -> None:
 def write_json(path: str, content: Dict) -> None:
     with told_as_unwritable(path), open_replacing(path, "w") as file:
         json.dump(content, file)
-
-
-@contextmanager
-def told_as_unwritable(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,7 +15,7 @@ def check_writable(path: str, what: str = "the folder") -> None:
         what: what the message calls the folder.
     """
     folder = os.path.dirname(path) or "."
-    with _told_as(f"{what} {folder}"):
+    with told_as_unwritable(f"{what} {folder}"):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
@@ -28,7 +28,7 @@ def replacing(path: str) -> Iterator[str]:
         UserError: if the folder of ``path`` cannot be written to.
     """
     folder, name = os.path.split(path)
-    with _told_as(f"the folder {folder or '.'}"):
+    with told_as_unwritable(f"the folder {folder or '.'}"):
         # The file has its final name from the start: PyTorch writes it into the file.
         temporary = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder or ".")
     with temporary as temporary_folder:
@@ -61,7 +61,8 @@ def open_replacing(path: str, mode: str, **kwargs) -> Iterator[IO]:
 
 
 @contextmanager
-def _told_as(what: str):
+def told_as_unwritable(what: str) -> Iterator[None]:
+    """Turn an OSError within it into :class:`UserError`. ``what`` is what cannot be written to."""
     try:
         yield
     except OSError as error:

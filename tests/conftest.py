@@ -18,7 +18,6 @@ from detectron2.utils.logger import setup_logger
 from iopath.common.file_io import file_lock
 
 import balanced_d2  # noqa: F401  # registration
-from balanced_d2.engine import argument_parser, run
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, with their subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -158,38 +157,9 @@ def train_net(*arguments, config=TINY_CONFIG, env=None) -> subprocess.CompletedP
 
 
 @pytest.fixture
-def train_net_here(capfd):
-    """As :func:`train_net`, but in this process, which saves its start: for the many tests that are
-    not about the process itself."""
-    main = load_tool("train_net", folder=".").main
-
-    def run_main(*arguments, config=TINY_CONFIG) -> subprocess.CompletedProcess:
-        capfd.readouterr()
-        arguments = [str(argument) for argument in ("--config-file", config, *arguments)]
-        args = argument_parser().parse_args(arguments)
-        working_directory = os.getcwd()
-        os.chdir(ROOT)
-        try:
-            returncode = run(main, args)
-        except SystemExit as stop:  # after an error that has been told
-            returncode = stop.code
-        finally:
-            os.chdir(working_directory)
-            for name, _, _ in args.register:
-                DatasetCatalog.pop(name, None)
-                MetadataCatalog.pop(name, None)
-            # Loggers keep the streams of the test that they were set up in.
-            setup_logger.cache_clear()
-            for name in ("detectron2", "fvcore", "balanced_d2"):
-                logging.getLogger(name).handlers.clear()
-        return subprocess.CompletedProcess(arguments, returncode, *capfd.readouterr())
-
-    return run_main
-
-
-@pytest.fixture
 def run_here(capfd, monkeypatch):
-    """As :func:`run_program`, but in this process."""
+    """As :func:`run_program`, but in this process, which saves its start: for the many tests that
+    are not about the process itself."""
 
     def run_main(program, *arguments) -> subprocess.CompletedProcess:
         capfd.readouterr()
@@ -205,7 +175,21 @@ def run_here(capfd, monkeypatch):
             for name in set(DatasetCatalog) - registered:
                 DatasetCatalog.pop(name)
                 MetadataCatalog.pop(name, None)
+            # Loggers keep the streams of the test that they were set up in.
+            setup_logger.cache_clear()
+            for name in ("detectron2", "fvcore", "balanced_d2"):
+                logging.getLogger(name).handlers.clear()
         return subprocess.CompletedProcess(sys.argv, returncode, *capfd.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def train_net_here(run_here):
+    """As :func:`train_net`, but in this process."""
+
+    def run_main(*arguments, config=TINY_CONFIG) -> subprocess.CompletedProcess:
+        return run_here("train_net.py", "--config-file", config, *arguments)
 
     return run_main
 

@@ -6,19 +6,21 @@ Prints two tables, and writes them with a picture: errors.png, ap.csv and errors
 
 import argparse
 import csv
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.data.check_coco import check_coco
+from balanced_d2.data.check_coco import findings_in, read_coco
 from balanced_d2.data.clean import tell
-from balanced_d2.data.coco import garbage_kept
 from balanced_d2.errors import tell_user_errors
 from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
-from balanced_d2.evaluation.predictions import check_predictions, load_predictions
+from balanced_d2.evaluation.predictions import (
+    add_predictions_argument,
+    check_predictions,
+    load_predictions,
+)
 from balanced_d2.files import replacing
 from balanced_d2.visualization.error_chart import draw_error_chart
 from balanced_d2.visualization.figure import place_picture, save_figure
@@ -62,9 +64,9 @@ def load_annotations(path: str) -> Dict:
         UserError: naming all that is wrong with it.
     """
     name = Path(path).stem
-    tell(name, [f for f in check_coco(name, path, evaluated=True) if f.refused], path)
-    with open(path) as file, garbage_kept():
-        return json.load(file)
+    content = read_coco(name, path, evaluated=True)
+    tell(name, [f for f in findings_in(content, path, evaluated=True) if f.refused], path)
+    return content
 
 
 def ap_table(analysis: Analysis) -> List[List[str]]:
@@ -106,12 +108,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "predictions",
-        metavar="PREDICTIONS.json",
-        help="detections in COCO's result format, as train_net.py writes them to "
-        "OUTPUT_DIR/inference/coco_instances_results.json",
-    )
+    add_predictions_argument(parser)
     parser.add_argument(
         "annotations", metavar="ANNOTATIONS.json", help="the ground truth, in COCO's format"
     )

@@ -9,7 +9,7 @@ import cv2
 
 from balanced_d2.data import add_register_argument, check_registered, register_from
 from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.evaluation.predictions import load_predictions
+from balanced_d2.evaluation.predictions import add_predictions_argument, load_predictions
 from balanced_d2.visualization import draw_contact_sheet
 
 
@@ -27,12 +27,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "predictions",
-        metavar="PREDICTIONS.json",
-        help="detections in COCO's result format, as train_net.py writes them to "
-        "OUTPUT_DIR/inference/coco_instances_results.json",
-    )
+    add_predictions_argument(parser)
     parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered data set")
     parser.add_argument("--output", required=True, metavar="FILE.png")
     parser.add_argument("--num-images", type=int, default=12, metavar="N")

@@ -1,7 +1,6 @@
 """Which negatives the RoI heads would train on: their IoU, under each way of sampling."""
 
-import dataclasses
-from typing import Dict, List
+from typing import Dict, List, NamedTuple
 
 import numpy as np
 import torch
@@ -23,21 +22,17 @@ HARD_IOU = 0.05
 SAMPLING_SEEDS = 3
 
 
-@dataclasses.dataclass
-class SampledNegatives:
-    """The largest IoU with ground truth of negatives, of all images together.
-
-    Attributes:
-        available: shape (M,), of all negatives that there were to choose from.
-        sampled: shape (N,) each, of those that were sampled, by the name of the negative sampler.
-        bin_edges: shape (num_bins + 1,), of the bins of IoU-balanced sampling.
-        num_images: how many images the proposals were of.
-    """
+class SampledNegatives(NamedTuple):
+    """The largest IoU with ground truth of negatives, of all images together."""
 
     available: np.ndarray
+    """Shape (M,), of all negatives that there were to choose from."""
     sampled: Dict[str, np.ndarray]
+    """Shape (N,) each, of those that were sampled, by the name of the negative sampler."""
     bin_edges: np.ndarray
+    """Shape (num_bins + 1,), of the bins of IoU-balanced sampling."""
     num_images: int
+    """How many images the proposals were of."""
 
 
 class _ProposalSampler(BalancedSamplingMixin, ROIHeads):

@@ -1,15 +1,13 @@
 """Checks of a COCO-format annotation file, before Detectron2's loader stumbles or is silent."""
 
-import json
 from collections import Counter
-from typing import Any, Callable, Container, Dict, List
+from typing import Callable, Container, Dict, List
 
 import numpy as np
-import orjson
 from detectron2.utils.file_io import PathManager
 
 from balanced_d2.data.clean import Finding, as_boxes, box_findings, found, judge
-from balanced_d2.data.coco import garbage_kept, told_as_annotation_error
+from balanced_d2.data.coco import garbage_kept, parse_json, told_as_annotation_error
 from balanced_d2.errors import UserError
 
 
@@ -26,10 +24,11 @@ def check_coco(name: str, json_file: str, evaluated: bool = False) -> List[Findi
         UserError: if the file cannot be read or is not laid out as COCO's are.
     """
     with garbage_kept():
-        return _findings(_read(name, json_file, evaluated), json_file, evaluated)
+        return findings_in(read_coco(name, json_file, evaluated), json_file, evaluated)
 
 
-def _findings(content: Dict, json_file: str, evaluated: bool) -> List[Finding]:
+def findings_in(content: Dict, json_file: str, evaluated: bool = False) -> List[Finding]:
+    """All that is wrong in what :func:`read_coco` has read; arguments as of :func:`check_coco`."""
     images, annotations = content["images"], content.get("annotations", [])
     # COCO's own minival has annotations twice, which Detectron2 allows it.
     twice_allowed = "minival" in json_file
@@ -44,11 +43,12 @@ def _findings(content: Dict, json_file: str, evaluated: bool) -> List[Finding]:
     ]
 
 
-def _read(name: str, json_file: str, evaluated: bool) -> Dict:
-    with told_as_annotation_error(name, json_file):
+def read_coco(name: str, json_file: str, evaluated: bool = False) -> Dict:
+    """The content of an annotation file; arguments and errors as of :func:`check_coco`."""
+    with told_as_annotation_error(name, json_file), garbage_kept():
         try:
             with open(PathManager.get_local_path(json_file), "rb") as file:
-                content = _parse(file.read())
+                content = parse_json(file.read())
         except OSError as error:
             raise UserError(
                 f"data set {name!r}: cannot read {json_file}: {error.strerror}"
@@ -65,14 +65,6 @@ def _read(name: str, json_file: str, evaluated: bool) -> Dict:
             if not content[key]:
                 raise ValueError(f"{key!r} is empty")
     return content
-
-
-def _parse(text: bytes) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        # Also of NaN, which only Python takes for a number, and which is to be found in its place.
-        return json.loads(text)
 
 
 def _ids(kind: str, items: List[Dict], types: tuple) -> List[Finding]:

@@ -1,6 +1,6 @@
 """Detections in COCO's result format: read from a file, and whether a data set can be theirs."""
 
-import json
+import argparse
 from math import isfinite
 from numbers import Real
 from typing import Container, Dict, List, Sequence
@@ -8,10 +8,20 @@ from typing import Container, Dict, List, Sequence
 import numpy as np
 
 from balanced_d2.data.clean import as_boxes
-from balanced_d2.data.coco import garbage_kept
+from balanced_d2.data.coco import garbage_kept, parse_json
 from balanced_d2.errors import UserError
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
+
+
+def add_predictions_argument(parser: argparse.ArgumentParser) -> None:
+    """The path for :func:`load_predictions`."""
+    parser.add_argument(
+        "predictions",
+        metavar="PREDICTIONS.json",
+        help="detections in COCO's result format, as train_net.py writes them to "
+        "OUTPUT_DIR/inference/coco_instances_results.json",
+    )
 
 
 def load_predictions(path: str) -> List:
@@ -24,8 +34,8 @@ def load_predictions(path: str) -> List:
         UserError: if the file cannot be read or holds no list.
     """
     try:
-        with open(path) as file, garbage_kept():
-            predictions = json.load(file)
+        with open(path, "rb") as file, garbage_kept():
+            predictions = parse_json(file.read())
     except OSError as error:
         raise UserError(f"cannot read predictions {path}: {error.strerror}") from error
     except ValueError as error:

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
 from balanced_d2.evaluation.predictions import check_predictions
-from balanced_d2.visualization.pair import GAP, draw_pair, pad
+from balanced_d2.visualization.pair import GAP, choose_evenly, draw_pair, pad
 
 HEADER = 34
 
@@ -41,12 +41,10 @@ def draw_contact_sheet(
     """
     records = DatasetCatalog.get(dataset_name)
     by_image = _group_by_image(dataset_name, records, predictions)
-    chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
+    chosen = choose_evenly(records, num_images)
     metadata = MetadataCatalog.get(dataset_name)
     pairs = []
-    for record in tqdm(
-        [records[i] for i in chosen], desc="drawing contact sheet", unit="image", disable=None
-    ):
+    for record in tqdm(chosen, desc="drawing contact sheet", unit="image", disable=None):
         shown = [p for p in by_image[record["image_id"]] if p["score"] >= threshold]
         pairs.append(draw_pair(record, _as_instances(shown, record), metadata, tile_width))
     height = max(pair.shape[0] for pair in pairs)

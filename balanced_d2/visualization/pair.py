@@ -1,6 +1,6 @@
 """Ground truth and detections of one image, side by side."""
 
-from typing import Dict
+from typing import Dict, List, Sequence
 
 import cv2
 import numpy as np
@@ -33,6 +33,12 @@ def draw_pair(
     found = Visualizer(image, metadata, scale=scale).draw_instance_predictions(detections)
     truth = pad(truth, truth.shape[0], truth.shape[1] + GAP // 2)
     return np.hstack([truth, found.get_image()])
+
+
+def choose_evenly(records: Sequence[Dict], number: int) -> List[Dict]:
+    """``number`` of the records, spread evenly over them and always the same, or all if fewer."""
+    places = np.linspace(0, len(records) - 1, min(number, len(records))).round().astype(int)
+    return [records[i] for i in places]
 
 
 def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:

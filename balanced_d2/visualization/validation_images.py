@@ -2,14 +2,13 @@
 
 from typing import Dict, List
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from balanced_d2.visualization.pair import draw_pair
+from balanced_d2.visualization.pair import choose_evenly, draw_pair
 
 
 class ValidationImages(DatasetEvaluator):
@@ -36,9 +35,7 @@ class ValidationImages(DatasetEvaluator):
         self._records: List[Dict] = []
         if _has_event_storage():
             records = DatasetCatalog.get(self.dataset_name)
-            number = min(self.num_images, len(records))
-            chosen = np.linspace(0, len(records) - 1, number).round().astype(int)
-            self._records = [records[i] for i in chosen]
+            self._records = choose_evenly(records, self.num_images)
         self._wanted = {record["image_id"] for record in self._records}
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
