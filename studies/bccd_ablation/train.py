@@ -37,13 +37,16 @@ SAMPLING = ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"]
 FEATURES = ["MODEL.BALANCED_FPN.ENABLED", "True"]
 LOSS = ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_l1"]
 INSTANCES = ["MODEL.ROI_HEADS.POSITIVE_SAMPLER", "instance_balanced"]
+AT_P3 = ["MODEL.BALANCED_FPN.REFINE_LEVEL", "1"]
 ROWS = {
     "plain": [],
     "sampling": SAMPLING,
     "feature balance": FEATURES,
     "Balanced L1": LOSS,
+    "sampling and Balanced L1": [*SAMPLING, *LOSS],
     "all": [*SAMPLING, *FEATURES, *LOSS],
     "all, instance-balanced positives": [*SAMPLING, *FEATURES, *LOSS, *INSTANCES],
+    "all, refined at P3": [*SAMPLING, *FEATURES, *LOSS, *AT_P3],
 }
 """The options of each row, on top of the plain config."""
 
