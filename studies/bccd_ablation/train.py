@@ -129,7 +129,12 @@ def options(study: Study, run: Run) -> List[str]:
     opts += ["SOLVER.CHECKPOINT_PERIOD", "100"]
     if run.data in SHAPES:
         opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
-        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), "SOLVER.MAX_ITER", "280"]
+        opts += [
+            "MODEL.ROI_HEADS.NUM_CLASSES",
+            str(len(CLASSES)),
+            "SOLVER.MAX_ITER",
+            "280",
+        ]
         opts += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128"]
     return [*opts, *ROWS[run.row], *study.opts]
 
@@ -215,13 +220,23 @@ def parse_args() -> argparse.Namespace:
         "--results", required=True, metavar="FILE.jsonl", help="lines are added to it"
     )
     parser.add_argument(
-        "--output", default="output/study", metavar="DIR", help="for checkpoints and logs"
+        "--output",
+        default="output/study",
+        metavar="DIR",
+        help="for checkpoints and logs",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at the same time, sharing the cores"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at the same time, sharing the cores",
     )
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options of all rows"
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config options of all rows",
     )
     return parser.parse_args()
 
