@@ -3,9 +3,17 @@
 import json
 import math
 import sys
+from itertools import islice
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from balanced_d2.config import load_config
+from balanced_d2.data.loader import TrainLoader
 
 from .conftest import ROOT, TINY_MODEL, load_tool, run_program, write_bccd
 
@@ -15,13 +23,24 @@ OPTS = [*TINY_MODEL[2:], "SOLVER.MAX_ITER", "5", "SOLVER.BASE_LR", "0.0"]
 
 
 @pytest.fixture(scope="module")
-def table():
+def programs():
+    """Programs of the study by name, which import one another."""
     pytest.importorskip("scipy")
     sys.path.insert(0, str(ROOT / FOLDER))
     try:
-        yield load_tool("table", FOLDER)
+        yield {name: load_tool(name, FOLDER) for name in ("table", "gradients")}
     finally:
         sys.path.remove(str(ROOT / FOLDER))
+
+
+@pytest.fixture
+def table(programs):
+    return programs["table"]
+
+
+@pytest.fixture
+def gradients(programs):
+    return programs["gradients"]
 
 
 def train(results, output, datasets, *arguments, opts=()):
@@ -59,6 +78,15 @@ def test_runs_begin_alike_and_are_not_repeated(tmp_path):
         for name, value in initial.items():
             if "running" not in name and "num_batches" not in name:
                 assert torch.equal(weights[name], value), name
+
+    plain = output / "bccd" / "plain-3" / "model_final.pth"
+    result = run_program(
+        *(f"{FOLDER}/gradients.py", "--config-file", "configs/BCCD/faster_rcnn_R_18_FPN.yaml"),
+        *("--iterations", "1", *OPTS, "MODEL.WEIGHTS", plain),
+        env={"DETECTRON2_DATASETS": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "| loss_box_reg | " in result.stdout and "| L1 | " in result.stdout
 
     before = results.read_text()
     assert train(*arguments, *rows).returncode == 0
@@ -109,3 +137,65 @@ def test_tables_and_picture(table, tmp_path):
     assert cells[2][3] == "1.10"
     result = run_program(f"{FOLDER}/table.py", results, "--data", "shapes_1")
     assert result.returncode == 2 and "no line of the row 'plain'" in result.stderr
+
+
+def test_inlier_shares(gradients):
+    """By hand: the gradients are 0.5, 1 and 1 of smooth L1, and 1, 1 and 1 of L1."""
+    errors = torch.tensor([[0.5, -1.5, 3.0, 0.0]])
+    balanced = 0.5 * math.log((math.exp(3) - 1) * 0.5 + 1)
+    assert gradients.inlier_shares(errors) == pytest.approx(
+        {"smooth L1, beta 1": 0.5 / 2.5, "L1": 1 / 3, "Balanced L1": balanced / (balanced + 3)}
+    )
+    share = gradients.inlier_table(errors)[-1]
+    assert share == ["inliers among all", "50%"]
+
+
+def test_gradients_are_those_of_training(gradients, tiny_coco):
+    """Against the backward pass of the whole model, and the box loss summed up by hand."""
+    name = "tiny_for_gradients"
+    register_coco_instances(name, {}, str(tiny_coco), str(tiny_coco.parent / "images"))
+    try:
+        opts = [
+            *OPTS,
+            "MODEL.DEVICE",
+            "cpu",
+            "SEED",
+            "3",
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+            "0.3",
+        ]
+        opts += ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
+        cfg = load_config("configs/BCCD/faster_rcnn_R_18_FPN.yaml", opts)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        measured = gradients.measure(cfg, model, 1)
+
+        (batch,) = islice(TrainLoader(cfg), 1)
+        gradients.seed_all(gradients.GRADIENT_SEEDS, cfg.SEED, 0)
+        model.train()
+        with EventStorage():
+            losses = model(batch)
+        sum(losses.values()).backward()
+        norms = {key: parameter.grad.norm() for key, parameter in model.named_parameters()}
+        shared = [norm for key, norm in norms.items() if key.startswith("backbone.")]
+        assert measured.norms["all"] == [pytest.approx(float(torch.stack(shared).norm()), rel=1e-3)]
+        assert measured.clipped == [sum(norm > 0.3 for norm in norms.values()) / len(norms)]
+        assert 0 < measured.clipped[0] < 1
+        num_samples = len(batch) * cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+        box_loss = float(measured.errors.abs().sum()) / num_samples
+        assert box_loss == pytest.approx(losses["loss_box_reg"].item(), rel=1e-4)
+        assert len(measured.levels) == len(measured.errors) > 0
+        # Images of 64 pixels: all boxes are far below 112, where P3 begins.
+        assert gradients.level_table(cfg, measured)[-1][1:] == ["100.0%", "0.0%", "0.0%", "0.0%"]
+
+        for key in ("loss_cls", "loss_rpn_cls"):  # alone, through the whole model
+            model.zero_grad()
+            gradients.seed_all(gradients.GRADIENT_SEEDS, cfg.SEED, 0)
+            with EventStorage():
+                model(batch)[key].backward()
+            found = [p.grad.norm() for p in model.backbone.parameters() if p.grad is not None]
+            norm = float(torch.stack(found).norm())
+            assert measured.norms[key] == [pytest.approx(norm, rel=1e-3)]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

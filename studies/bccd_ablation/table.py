@@ -16,13 +16,7 @@ from scipy import stats
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.visualization.figure import (
-    COLORS,
-    GREY,
-    new_figure,
-    place_picture,
-    save_figure,
-)
+from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
 from matplotlib.figure import Figure
@@ -43,6 +37,8 @@ class Estimate(NamedTuple):
     margin: float
 
     def __str__(self) -> str:
+        if np.isnan(self.mean):  # no such objects in the data
+            return "–"
         return f"{self.mean:.1f} ± {self.margin:.1f}"
 
 
@@ -64,8 +60,7 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(float(np.mean(values)), float("nan"))
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)
     return Estimate(
-        float(np.mean(values)),
-        float(quantile * np.std(values, ddof=1) / np.sqrt(number)),
+        float(np.mean(values)), float(quantile * np.std(values, ddof=1) / np.sqrt(number))
     )
 
 
@@ -103,10 +98,7 @@ def rows_of(results: Results) -> List[str]:
 
 
 def metric_table(results: Results) -> List[List[str]]:
-    table = [
-        ["", "seeds", *METRICS, "AP to plain", "AP50 to plain"],
-        ["---"] * (len(METRICS) + 4),
-    ]
+    table = [["", "seeds", *METRICS, "AP to plain", "AP50 to plain"], ["---"] * (len(METRICS) + 4)]
     for row in rows_of(results):
         gains = [
             difference(values(results, row, metric), values(results, PLAIN, metric))
@@ -127,10 +119,7 @@ def class_table(results: Results) -> List[List[str]]:
     first = next(iter(results[PLAIN].values()))["results"]
     metrics = [name for name in first if name.startswith("AP-")]
     head = ["", *(name.removeprefix("AP-") for name in metrics)]
-    table = [
-        [*head, *(f"{name} to plain" for name in head[1:])],
-        ["---"] * (1 + 2 * len(metrics)),
-    ]
+    table = [[*head, *(f"{name} to plain" for name in head[1:])], ["---"] * (1 + 2 * len(metrics))]
     for row in rows_of(results):
         gains = [
             difference(values(results, row, metric), values(results, PLAIN, metric))
@@ -147,10 +136,7 @@ def class_table(results: Results) -> List[List[str]]:
 
 
 def cost_table(results: Results) -> List[List[str]]:
-    table = [
-        ["", "parameters", "ms per iteration", "to plain", "peak memory (MiB)"],
-        ["---"] * 5,
-    ]
+    table = [["", "parameters", "ms per iteration", "to plain", "peak memory (MiB)"], ["---"] * 5]
     for row in rows_of(results):
         lines, plain = results[row], results[PLAIN]
         # Seed by seed, since the speed of a machine changes over a day.

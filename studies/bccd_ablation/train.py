@@ -37,7 +37,6 @@ SAMPLING = ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"]
 FEATURES = ["MODEL.BALANCED_FPN.ENABLED", "True"]
 LOSS = ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_l1"]
 INSTANCES = ["MODEL.ROI_HEADS.POSITIVE_SAMPLER", "instance_balanced"]
-AT_P3 = ["MODEL.BALANCED_FPN.REFINE_LEVEL", "1"]
 ROWS = {
     "plain": [],
     "sampling": SAMPLING,
@@ -46,9 +45,19 @@ ROWS = {
     "sampling and Balanced L1": [*SAMPLING, *LOSS],
     "all": [*SAMPLING, *FEATURES, *LOSS],
     "all, instance-balanced positives": [*SAMPLING, *FEATURES, *LOSS, *INSTANCES],
-    "all, refined at P3": [*SAMPLING, *FEATURES, *LOSS, *AT_P3],
 }
 """The options of each row, on top of the plain config."""
+
+VARIANTS = {
+    "plain, smooth L1": ["MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", "1.0"],
+    "sampling and Balanced L1, 10 bins": [*SAMPLING, *LOSS, "MODEL.ROI_HEADS.NUM_BINS", "10"],
+    "sampling and Balanced L1, box loss twice": [
+        *(*SAMPLING, *LOSS, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT", "2.0")
+    ],
+    "all, averaged only": [*ROWS["all"], "MODEL.BALANCED_FPN.REFINE_TYPE", "none"],
+    "all, refined at P3": [*ROWS["all"], "MODEL.BALANCED_FPN.REFINE_LEVEL", "1"],
+}
+"""What was tuned; rows that run when they are named."""
 
 SHAPES = {
     "shapes_1": ShapesConfig(shape_size=(28.0, 36.0)),
@@ -82,7 +91,7 @@ class Study(NamedTuple):
 
 def main(args: argparse.Namespace) -> None:
     for row in args.rows:
-        check_choice("row", row, ROWS)
+        check_choice("row", row, [*ROWS, *VARIANTS])
     check_writable(args.results)
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     study = Study(args.output, args.results, threads, args.opts)
@@ -123,20 +132,19 @@ def initial_weights(study: Study, data: str, seed: int) -> str:
     return os.path.join(study.output, data, f"initial-{seed}.pth")
 
 
+def row_options(row: str) -> List[str]:
+    return {**ROWS, **VARIANTS}[row]
+
+
 def options(study: Study, run: Run) -> List[str]:
     """The options of a run, but for its weights."""
     opts = ["SEED", str(run.seed), "OUTPUT_DIR", run.folder(study.output)]
     opts += ["SOLVER.CHECKPOINT_PERIOD", "100"]
     if run.data in SHAPES:
         opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
-        opts += [
-            "MODEL.ROI_HEADS.NUM_CLASSES",
-            str(len(CLASSES)),
-            "SOLVER.MAX_ITER",
-            "280",
-        ]
+        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), "SOLVER.MAX_ITER", "280"]
         opts += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128"]
-    return [*opts, *ROWS[run.row], *study.opts]
+    return [*opts, *row_options(run.row), *study.opts]
 
 
 def write_initial_weights(study: Study, data: str, seed: int) -> None:
@@ -200,7 +208,7 @@ def train(study: Study, run: Run) -> str:
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "options": [*ROWS[run.row], *study.opts],
+        "options": [*row_options(run.row), *study.opts],
     }
     with open(study.results, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -220,23 +228,13 @@ def parse_args() -> argparse.Namespace:
         "--results", required=True, metavar="FILE.jsonl", help="lines are added to it"
     )
     parser.add_argument(
-        "--output",
-        default="output/study",
-        metavar="DIR",
-        help="for checkpoints and logs",
+        "--output", default="output/study", metavar="DIR", help="for checkpoints and logs"
     )
     parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs at the same time, sharing the cores",
+        "--jobs", type=int, default=1, metavar="N", help="runs at the same time, sharing the cores"
     )
     parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="config options of all rows",
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options of all rows"
     )
     return parser.parse_args()
 
