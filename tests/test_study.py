@@ -114,29 +114,45 @@ def test_estimates(table):
     assert gain.p == pytest.approx(0.0111, abs=2e-4)
     assert table.difference({0: 1.0}, plain) is None
     assert table.difference(plain, plain).p == 1
+    assert table.difference(dict.fromkeys(plain, math.nan), plain) is None
 
 
 def test_tables_and_picture(table, tmp_path):
     lines = [
         {
-            **{"data": "bccd", "row": row, "seed": seed, "parameters": 12_000_000},
+            **{"data": data, "row": row, "seed": seed, "parameters": 12_000_000},
             **{"seconds_per_iteration": seconds, "peak_memory_mib": 900},
-            "results": {**dict.fromkeys(table.METRICS, 40.0 + seed + gain), "AP-RBC": 60.0},
+            "results": {
+                **dict.fromkeys(table.METRICS, 40.0 + seed + gain),
+                **{"APl": math.nan, "AP-RBC": 60.0},
+            },
         }
-        for row, gain, seconds in (("plain", 0, 1.0), ("all", 2, 1.1))
+        for data, row, gain, seconds in (
+            *(("bccd", "plain", 0, 1.0), ("bccd", "all", 2, 1.1)),
+            *(("shapes_1", "plain", 9, 1.0), ("shapes_1", "all, averaged only", 0, 1.5)),
+        )
         for seed in (1, 2, 3)
     ]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = tmp_path / "gains.png"
-    result = run_program(f"{FOLDER}/table.py", results, "--plot", picture)
+    result = run_program(
+        *(f"{FOLDER}/table.py", results, "--plot", picture, "--data", "bccd", "shapes_1")
+    )
     assert result.returncode == 0, result.stderr
     assert picture.stat().st_size > 1000
     cells = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| all")]
-    assert cells[0][1:3] == ["3", "44.0 ± 2.5"] and cells[0][-2] == "+2.0 ± 0.0 (p = 0.000)"
-    assert cells[2][3] == "1.10"
-    result = run_program(f"{FOLDER}/table.py", results, "--data", "shapes_1")
+    means, gains, costs, _, shapes_gains, shapes_costs = cells
+    assert means[1:3] == ["3", "44.0 ± 2.5"] and means[7:9] == ["–", "60.0 ± 0.0 |"]
+    assert gains[1] == "+2.0 ± 0.0 (p = 0.000)" and gains[6:] == ["–", "+0.0 ± 0.0 (p = 1.000) |"]
+    assert costs[3] == "1.10"
+    assert shapes_gains[1].startswith("-9.0 ± 0.0") and shapes_costs[3] == "1.50"
+    result = run_program(f"{FOLDER}/table.py", results, "--to", "all")
+    assert "| plain | -2.0 ± 0.0 (p = 0.000) | " in result.stdout, result.stderr
+    result = run_program(f"{FOLDER}/table.py", results, "--data", "shapes_3")
     assert result.returncode == 2 and "no line of the row 'plain'" in result.stderr
+    result = run_program(f"{FOLDER}/table.py", results, "--to", "best")
+    assert result.returncode == 2 and "unknown row 'best'" in result.stderr
 
 
 def test_inlier_shares(gradients):

@@ -2,27 +2,26 @@
 """Turn the lines of a study into tables and a picture.
 
 Prints the mean of every metric with its 95 % confidence interval, and the difference to the plain
-row, paired by seed, with its interval and the p-value of Student's t-test for pairs.
+row or another, paired by seed, with its interval and the p-value of Student's t-test for pairs.
 """
 
 import argparse
 import statistics
 import sys
 from collections import defaultdict
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy import stats
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.errors import UserError, check_choice, tell_user_errors
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
 from matplotlib.figure import Figure
-from train import ROWS, read_lines
+from train import ROWS, VARIANTS, read_lines
 
-PLAIN = next(iter(ROWS))
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CONFIDENCE = 0.95
 
@@ -64,28 +63,36 @@ def estimate(values: Sequence[float]) -> Estimate:
     )
 
 
-def difference(row: Dict[int, float], plain: Dict[int, float]) -> Optional[Difference]:
-    """What a row gains over plain; None with fewer than two seeds in common."""
-    seeds = sorted(row.keys() & plain.keys())
-    if len(seeds) < 2:
+def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Difference]:
+    """What a row gains over another; None with fewer than two seeds in common or
+    without such objects."""
+    seeds = sorted(row.keys() & other.keys())
+    differences = [row[seed] - other[seed] for seed in seeds]
+    if len(seeds) < 2 or np.isnan(differences).any():
         return None
-    differences = [row[seed] - plain[seed] for seed in seeds]
     p = 1.0 if not any(differences) else stats.ttest_1samp(differences, 0).pvalue
     return Difference(*estimate(differences), float(p))
 
 
 def main(args: argparse.Namespace) -> None:
+    check_choice("row", args.to, [*ROWS, *VARIANTS])
     plot = args.plot and place_picture(args.plot, ".", "study.png")
-    results: Results = defaultdict(dict)
-    for line in read_lines(args.results):
-        if line["data"] == args.data:
-            results[line["row"]][line["seed"]] = line
-    if PLAIN not in results:
-        raise UserError(f"{args.results} has no line of the row {PLAIN!r} on {args.data}")
-    for table in (metric_table(results), class_table(results), cost_table(results)):
-        print("\n".join(map(as_markdown_row, table)) + "\n")
+    lines = read_lines(args.results)
+    compared = {}
+    for data in args.data:
+        results: Results = defaultdict(dict)
+        for line in lines:
+            if line["data"] == data:
+                results[line["row"]][line["seed"]] = line
+        if args.to not in results:
+            raise UserError(f"{args.results} has no line of the row {args.to!r} on {data}")
+        tables = mean_table(results), gain_table(results, args.to), cost_table(results, args.to)
+        for table in tables:
+            print("\n".join(map(as_markdown_row, [[data, *table[0][1:]], *table[1:]])) + "\n")
+        prefix = f"{data}: " if len(args.data) > 1 else ""
+        compared.update({prefix + row: (results, row) for row in rows_of(results)})
     if plot:
-        save_figure(draw(results, args.data), plot)
+        save_figure(draw(compared, args.to), plot)
         print(f"picture: {plot}")
 
 
@@ -94,55 +101,47 @@ def values(results: Results, row: str, metric: str) -> Dict[int, float]:
 
 
 def rows_of(results: Results) -> List[str]:
-    return [row for row in ROWS if row in results]
+    return [row for row in [*ROWS, *VARIANTS] if row in results]
 
 
-def metric_table(results: Results) -> List[List[str]]:
-    table = [["", "seeds", *METRICS, "AP to plain", "AP50 to plain"], ["---"] * (len(METRICS) + 4)]
+def metrics_of(results: Results) -> List[str]:
+    """All metrics and the AP of each class."""
+    line = next(iter(next(iter(results.values())).values()))
+    return [*METRICS, *(name for name in line["results"] if name.startswith("AP-"))]
+
+
+def mean_table(results: Results) -> List[List[str]]:
+    metrics = metrics_of(results)
+    table = [["", "seeds", *(name.removeprefix("AP-") for name in metrics)]]
+    table.append(["---"] * len(table[0]))
     for row in rows_of(results):
-        gains = [
-            difference(values(results, row, metric), values(results, PLAIN, metric))
-            for metric in ("AP", "AP50")
-        ]
-        table.append(
-            [
-                row,
-                str(len(results[row])),
-                *(str(estimate(list(values(results, row, m).values()))) for m in METRICS),
-                *("–" if row == PLAIN or gain is None else str(gain) for gain in gains),
-            ]
-        )
+        means = [str(estimate(list(values(results, row, name).values()))) for name in metrics]
+        table.append([row, str(len(results[row])), *means])
     return table
 
 
-def class_table(results: Results) -> List[List[str]]:
-    first = next(iter(results[PLAIN].values()))["results"]
-    metrics = [name for name in first if name.startswith("AP-")]
-    head = ["", *(name.removeprefix("AP-") for name in metrics)]
-    table = [[*head, *(f"{name} to plain" for name in head[1:])], ["---"] * (1 + 2 * len(metrics))]
+def gain_table(results: Results, to: str) -> List[List[str]]:
+    metrics = metrics_of(results)
+    table = [["", *(f"{name.removeprefix('AP-')} to {to}" for name in metrics)]]
+    table.append(["---"] * len(table[0]))
     for row in rows_of(results):
-        gains = [
-            difference(values(results, row, metric), values(results, PLAIN, metric))
-            for metric in metrics
-        ]
-        table.append(
-            [
-                row,
-                *(str(estimate(list(values(results, row, m).values()))) for m in metrics),
-                *("–" if row == PLAIN or gain is None else str(gain) for gain in gains),
+        if row != to:
+            gains = [
+                difference(values(results, row, name), values(results, to, name))
+                for name in metrics
             ]
-        )
+            table.append([row, *("–" if gain is None else str(gain) for gain in gains)])
     return table
 
 
-def cost_table(results: Results) -> List[List[str]]:
-    table = [["", "parameters", "ms per iteration", "to plain", "peak memory (MiB)"], ["---"] * 5]
+def cost_table(results: Results, to: str) -> List[List[str]]:
+    table = [["", "parameters", "ms per iteration", f"to {to}", "peak memory (MiB)"], ["---"] * 5]
     for row in rows_of(results):
-        lines, plain = results[row], results[PLAIN]
+        lines, others = results[row], results[to]
         # Seed by seed, since the speed of a machine changes over a day.
         ratios = [
-            lines[seed]["seconds_per_iteration"] / plain[seed]["seconds_per_iteration"]
-            for seed in lines.keys() & plain.keys()
+            lines[seed]["seconds_per_iteration"] / others[seed]["seconds_per_iteration"]
+            for seed in lines.keys() & others.keys()
         ]
 
         def median(key: str, lines=lines) -> float:
@@ -164,26 +163,27 @@ def as_markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def draw(results: Results, data: str) -> Figure:
-    """The gain over plain of each row, seed by seed, with the mean and its interval."""
-    rows = [row for row in rows_of(results) if row != PLAIN]
-    figure = new_figure(8, 0.5 * len(rows) + 1.3)
-    for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("AP", "AP50")):
-        plain = values(results, PLAIN, metric)
-        for y, row in enumerate(rows):
-            gained = values(results, row, metric)
-            each = [gained[seed] - plain[seed] for seed in gained.keys() & plain.keys()]
+def draw(compared: Dict[str, Tuple[Results, str]], to: str) -> Figure:
+    """The gain of each row, given by its label, seed by seed, with the mean and its interval."""
+    compared = {label: pair for label, pair in compared.items() if pair[1] != to}
+    figure = new_figure(10, 0.4 * len(compared) + 1.3)
+    for axes, metric in zip(figure.subplots(1, 3, sharey=True), ("AP", "AP50", "AP75")):
+        for y, (results, row) in enumerate(compared.values()):
+            gained, base = values(results, row, metric), values(results, to, metric)
+            each = [gained[seed] - base[seed] for seed in gained.keys() & base.keys()]
             axes.plot(each, [y] * len(each), "o", color=GREY, markersize=4, alpha=0.5)
-            gain = difference(gained, plain)
+            gain = difference(gained, base)
             if gain is not None:
                 axes.errorbar(gain.mean, y, xerr=gain.margin, fmt="D", color=COLORS[0], capsize=4)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set(title=f"{metric} gained over plain (points)", yticks=range(len(rows)))
-        axes.set_yticklabels(rows)
+        axes.set(title=f"{metric} (points)", yticks=range(len(compared)))
+        axes.set_yticklabels(compared)
         axes.grid(axis="x", color="#dddddd")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(f"{data}: each seed, and the mean with its 95 % interval", fontsize=10)
+    figure.suptitle(
+        f"gained over {to}: each seed, and the mean with its 95 % interval", fontsize=10
+    )
     return figure
 
 
@@ -192,7 +192,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", metavar="FILE.jsonl", help="as train.py writes it")
-    parser.add_argument("--data", default="bccd", metavar="NAME")
+    parser.add_argument("--data", nargs="+", default=["bccd"], metavar="NAME")
+    parser.add_argument("--to", default="plain", metavar="ROW", help="what rows are compared with")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gains")
     return parser.parse_args()
 
