@@ -86,9 +86,13 @@ def main(args: argparse.Namespace) -> None:
                 results[line["row"]][line["seed"]] = line
         if args.to not in results:
             raise UserError(f"{args.results} has no line of the row {args.to!r} on {data}")
-        tables = mean_table(results), gain_table(results, args.to), cost_table(results, args.to)
-        for table in tables:
-            print("\n".join(map(as_markdown_row, [[data, *table[0][1:]], *table[1:]])) + "\n")
+        print(f"**{data}**\n")
+        for table in (
+            mean_table(results),
+            gain_table(results, args.to),
+            cost_table(results, args.to),
+        ):
+            print("\n".join(map(as_markdown_row, table)) + "\n")
         prefix = f"{data}: " if len(args.data) > 1 else ""
         compared.update({prefix + row: (results, row) for row in rows_of(results)})
     if plot:
@@ -112,7 +116,7 @@ def metrics_of(results: Results) -> List[str]:
 
 def mean_table(results: Results) -> List[List[str]]:
     metrics = metrics_of(results)
-    table = [["", "seeds", *(name.removeprefix("AP-") for name in metrics)]]
+    table = [["mean", "seeds", *(name.removeprefix("AP-") for name in metrics)]]
     table.append(["---"] * len(table[0]))
     for row in rows_of(results):
         means = [str(estimate(list(values(results, row, name).values()))) for name in metrics]
@@ -122,7 +126,7 @@ def mean_table(results: Results) -> List[List[str]]:
 
 def gain_table(results: Results, to: str) -> List[List[str]]:
     metrics = metrics_of(results)
-    table = [["", *(f"{name.removeprefix('AP-')} to {to}" for name in metrics)]]
+    table = [[f"gained over {to}", *(name.removeprefix("AP-") for name in metrics)]]
     table.append(["---"] * len(table[0]))
     for row in rows_of(results):
         if row != to:
@@ -135,7 +139,10 @@ def gain_table(results: Results, to: str) -> List[List[str]]:
 
 
 def cost_table(results: Results, to: str) -> List[List[str]]:
-    table = [["", "parameters", "ms per iteration", f"to {to}", "peak memory (MiB)"], ["---"] * 5]
+    table = [
+        ["cost", "parameters", "ms per iteration", f"to {to}", "peak memory (MiB)"],
+        ["---"] * 5,
+    ]
     for row in rows_of(results):
         lines, others = results[row], results[to]
         # Seed by seed, since the speed of a machine changes over a day.
