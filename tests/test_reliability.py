@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -41,15 +42,22 @@ def arguments(json_file, output, *opts):
 def start(arguments, launcher=(sys.executable,), **kwargs):
     command = [*launcher, ROOT / "train_net.py", "--config-file", ROOT / TINY_CONFIG, *arguments]
     command = [str(part) for part in command]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    # No pipe: while a test waits for a file, nobody would read it, and a full one blocks.
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **kwargs), log
+
+
+def text_of(process, log):
+    """What a process has written, when it has ended."""
+    process.wait(timeout=300)
+    log.seek(0)
+    return log.read()
 
 
 def finish(arguments, launcher=(sys.executable,), **kwargs):
-    process = start(arguments, launcher, **kwargs)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    process, log = start(arguments, launcher, **kwargs)
+    text = text_of(process, log)
+    return process.returncode, text
 
 
 def weights(output):
@@ -76,7 +84,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
     chance = random.Random(kill)
     output = tmp_path / "output"
     workers = str(chance.randint(0, 2))
-    process = start(arguments(tiny_coco, output, "DATALOADER.NUM_WORKERS", workers))
+    process, log = start(arguments(tiny_coco, output, "DATALOADER.NUM_WORKERS", workers))
     if kill % 2:
         number = chance.choice(("0000002", "0000005", "0000008", "0000011", "final"))
         names = (f"model_{number}.pth.partial", f"model_{number}.pth")
@@ -87,7 +95,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 4))
     process.kill()
-    process.communicate()
+    process.wait()
     for checkpoint in output.glob("*.pth"):
         assert torch.load(checkpoint, weights_only=True)["model"]
 
@@ -100,11 +108,11 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
 def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
     output = tmp_path / "output"
     # So slow that the signal comes before the end.
-    process = start(arguments(tiny_coco, output, "SOLVER.MAX_ITER", "100000"))
+    process, log = start(arguments(tiny_coco, output, "SOLVER.MAX_ITER", "100000"))
     while not (output / "model_0000002.pth").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    text, _ = process.communicate(timeout=120)
+    text = text_of(process, log)
     assert process.returncode == 128 + number, text
     assert "Traceback" not in text
     assert f"stopped by {number.name} after iteration" in text and "--resume goes on" in text
@@ -437,14 +445,16 @@ def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
     """A worker is killed; torchrun starts all anew, and they go on from the last checkpoint."""
     output = tmp_path / "output"
     launcher = (*TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.1")
-    process = start(arguments(tiny_coco, output, "SOLVER.MAX_ITER", "40"), launcher, env=ONE_THREAD)
+    process, log = start(
+        arguments(tiny_coco, output, "SOLVER.MAX_ITER", "40"), launcher, env=ONE_THREAD
+    )
     while not (output / "model_0000005.pth").exists() and process.poll() is None:
         time.sleep(0.01)
     workers = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    text, _ = process.communicate(timeout=300)
+    text = text_of(process, log)
     assert process.returncode == 0, text
     starts = [line for line in text.splitlines() if "Starting training from iteration" in line]
     assert len(starts) == 2 and int(starts[1].rsplit(" ", 1)[1]) >= 6
