@@ -103,7 +103,7 @@ def test_estimates(table):
     mean, margin = table.estimate(values)
     assert mean == 52
     assert margin == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
-    assert math.isnan(table.estimate([1.0]).margin)
+    assert math.isnan(table.estimate([1.0]).margin) and str(table.estimate([1.0])) == "1.0"
 
     plain = dict(enumerate(values))
     row = {seed: value + gain for (seed, value), gain in zip(plain.items(), (1, 2, 1, 3, 3))}

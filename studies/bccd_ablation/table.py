@@ -38,6 +38,8 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         if np.isnan(self.mean):  # no such objects in the data
             return "–"
+        if np.isnan(self.margin):
+            return f"{self.mean:.1f}"
         return f"{self.mean:.1f} ± {self.margin:.1f}"
 
 
