@@ -71,7 +71,8 @@ def test_config_builds(name):
     if file.startswith(("balanced_", "libra_")):
         assert all(balances)
     else:
-        assert sum(balances) == ("balanced" in file)
+        names = ("balanced_fpn", "balanced_l1", "iou_balanced_sampling")
+        assert balances == [balance in file for balance in names]
 
 
 def test_single_component_configs_turn_on_one_balance_each():
