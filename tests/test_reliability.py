@@ -47,9 +47,9 @@ def start(arguments, launcher=(sys.executable,), **kwargs):
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **kwargs), log
 
 
-def text_of(process, log):
+def text_of(process, log, timeout=300):
     """What a process has written, when it has ended."""
-    process.wait(timeout=300)
+    process.wait(timeout=timeout)
     log.seek(0)
     return log.read()
 
@@ -84,7 +84,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
     chance = random.Random(kill)
     output = tmp_path / "output"
     workers = str(chance.randint(0, 2))
-    process, log = start(arguments(tiny_coco, output, "DATALOADER.NUM_WORKERS", workers))
+    process, _ = start(arguments(tiny_coco, output, "DATALOADER.NUM_WORKERS", workers))
     if kill % 2:
         number = chance.choice(("0000002", "0000005", "0000008", "0000011", "final"))
         names = (f"model_{number}.pth.partial", f"model_{number}.pth")
@@ -112,7 +112,7 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
     while not (output / "model_0000002.pth").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    text = text_of(process, log)
+    text = text_of(process, log, timeout=120)
     assert process.returncode == 128 + number, text
     assert "Traceback" not in text
     assert f"stopped by {number.name} after iteration" in text and "--resume goes on" in text

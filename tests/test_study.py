@@ -171,15 +171,8 @@ def test_gradients_are_those_of_training(gradients, tiny_coco):
     name = "tiny_for_gradients"
     register_coco_instances(name, {}, str(tiny_coco), str(tiny_coco.parent / "images"))
     try:
-        opts = [
-            *OPTS,
-            "MODEL.DEVICE",
-            "cpu",
-            "SEED",
-            "3",
-            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-            "0.3",
-        ]
+        opts = [*OPTS, "MODEL.DEVICE", "cpu", "SEED", "3"]
+        opts += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.3"]
         opts += ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
         cfg = load_config("configs/BCCD/faster_rcnn_R_18_FPN.yaml", opts)
         torch.manual_seed(0)

@@ -20,7 +20,7 @@ from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_pic
 
 # isort: split
 from matplotlib.figure import Figure
-from train import ROWS, VARIANTS, read_lines
+from train import ALL_ROWS, read_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CONFIDENCE = 0.95
@@ -77,7 +77,7 @@ def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Diffe
 
 
 def main(args: argparse.Namespace) -> None:
-    check_choice("row", args.to, [*ROWS, *VARIANTS])
+    check_choice("row", args.to, ALL_ROWS)
     plot = args.plot and place_picture(args.plot, ".", "study.png")
     lines = read_lines(args.results)
     compared = {}
@@ -107,7 +107,7 @@ def values(results: Results, row: str, metric: str) -> Dict[int, float]:
 
 
 def rows_of(results: Results) -> List[str]:
-    return [row for row in [*ROWS, *VARIANTS] if row in results]
+    return [row for row in ALL_ROWS if row in results]
 
 
 def metrics_of(results: Results) -> List[str]:

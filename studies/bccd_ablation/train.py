@@ -59,6 +59,8 @@ VARIANTS = {
 }
 """What was tuned; rows that run when they are named."""
 
+ALL_ROWS = {**ROWS, **VARIANTS}
+
 SHAPES = {
     "shapes_1": ShapesConfig(shape_size=(28.0, 36.0)),
     "shapes_3": ShapesConfig(shape_size=(18.3, 55.0)),
@@ -91,7 +93,7 @@ class Study(NamedTuple):
 
 def main(args: argparse.Namespace) -> None:
     for row in args.rows:
-        check_choice("row", row, [*ROWS, *VARIANTS])
+        check_choice("row", row, ALL_ROWS)
     check_writable(args.results)
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     study = Study(args.output, args.results, threads, args.opts)
@@ -132,10 +134,6 @@ def initial_weights(study: Study, data: str, seed: int) -> str:
     return os.path.join(study.output, data, f"initial-{seed}.pth")
 
 
-def row_options(row: str) -> List[str]:
-    return {**ROWS, **VARIANTS}[row]
-
-
 def options(study: Study, run: Run) -> List[str]:
     """The options of a run, but for its weights."""
     opts = ["SEED", str(run.seed), "OUTPUT_DIR", run.folder(study.output)]
@@ -144,7 +142,7 @@ def options(study: Study, run: Run) -> List[str]:
         opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
         opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), "SOLVER.MAX_ITER", "280"]
         opts += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128"]
-    return [*opts, *row_options(run.row), *study.opts]
+    return [*opts, *ALL_ROWS[run.row], *study.opts]
 
 
 def write_initial_weights(study: Study, data: str, seed: int) -> None:
@@ -208,7 +206,7 @@ def train(study: Study, run: Run) -> str:
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "options": [*row_options(run.row), *study.opts],
+        "options": [*ALL_ROWS[run.row], *study.opts],
     }
     with open(study.results, "a") as file:
         file.write(json.dumps(line) + "\n")
