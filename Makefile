@@ -2,12 +2,15 @@
 
 PYTHON ?= python3
 VENV := .venv
+# More arguments for pip install, such as an index to take PyTorch from: docs/install.md.
+PIP_ARGS :=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INSTALLATION := $(shell find balanced_d2/installation -name '*.py')
 DEMO_CONFIG := configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml
 DEMO_OUTPUT := output/demo
 
-.PHONY: demo test soak lint benchmark setup clean
+.PHONY: demo test soak lint benchmark setup check-fresh clean
 
 demo: $(READY)
 	rm -rf $(DEMO_OUTPUT)
@@ -44,15 +47,12 @@ benchmark: $(READY)
 
 setup: $(READY)
 
-$(READY): requirements.txt setup.cfg pyproject.toml tools/install_detectron2.py
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
-		"error: Python 3.11 or newer is needed, %s is %d.%d; set PYTHON=python3.12, say" \
-		% (sys.executable, *v[:2]))'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	$(BIN)/python tools/install_detectron2.py
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $@
+# The README's two commands on machines that have nothing.
+check-fresh:
+	$(PYTHON) tools/check_fresh.py
+
+$(READY): requirements.txt setup.cfg pyproject.toml $(INSTALLATION)
+	$(PYTHON) balanced_d2/installation/set_up.py --venv $(VENV) --pip-args='$(PIP_ARGS)'
 
 clean:
 	rm -rf $(VENV) output datasets/balanced_shapes

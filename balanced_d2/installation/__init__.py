@@ -1,0 +1,1 @@
+"""Setting up: stand-alone programs, which import nothing of the package around them."""
