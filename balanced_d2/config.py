@@ -54,6 +54,10 @@ def add_balanced_config(cfg: CN) -> None:
         # Where outliers begin, in units of the (weighted) box deltas.
         node.BALANCED_L1_BETA = beta
 
+    # The share of the images that RandomSubsetTrainingSampler takes; Detectron2 has no default.
+    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+
     # Whether training goes on without images that cannot be read, and without how many at most.
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
     cfg.DATALOADER.MAX_BAD_IMAGES = 100

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and how programs tell them."""
 
+import importlib.util
 import signal
 import sys
 from typing import Callable, Collection, Sequence
@@ -41,6 +42,21 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise :class:`UserError` if ``value`` is none of ``choices``. ``name`` says what it is."""
     if value not in choices:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+
+
+def check_package(module: str, needed_by: str, install: str = "") -> None:
+    """Raise :class:`UserError` if an optional package is not installed.
+
+    Args:
+        module: the name under which it is imported.
+        needed_by: what in the config or the data asks for it.
+        install: how to get it, if not by ``pip install`` and its name.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"{needed_by}, which needs the package {module}; run: "
+            f"{install or f'pip install {module}'}"
+        )
 
 
 def tell_user_errors(main: Callable, *args) -> int:

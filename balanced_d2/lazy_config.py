@@ -49,6 +49,7 @@ def trainer_config(lazy: DictConfig) -> CfgNode:
     """
     with _told_as("config file"):
         train, loader = lazy.train, lazy.dataloader
+        mapper = loader.train.get("mapper") or {}
         if "roi_heads" in lazy.model:
             architecture, key = "GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES"
             num_classes = lazy.model.roi_heads.num_classes
@@ -62,6 +63,9 @@ def trainer_config(lazy: DictConfig) -> CfgNode:
             "MODEL.WEIGHTS": train.init_checkpoint,
             "DATASETS.TRAIN": _names(loader.train.dataset.names),
             "DATASETS.TEST": _names(loader.test.dataset.names),
+            "INPUT.CROP.ENABLED": "Crop" in str(mapper.get("augmentations")),
+            "INPUT.MASK_FORMAT": mapper.get("instance_mask_format", "polygon"),
+            "MODEL.MASK_ON": mapper.get("use_instance_mask", False),
             "OUTPUT_DIR": train.output_dir,
             "SOLVER.MAX_ITER": train.max_iter,
             "SOLVER.STEPS": (),  # its schedule is lr_multiplier

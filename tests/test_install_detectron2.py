@@ -1,25 +1,29 @@
-"""tools/install_detectron2.py: its table, its failures, and what the wheel does without operators.
+"""Set-up: the installation of Detectron2, its failures, and the environment of ``make setup``.
 
-The real download and installation are tested by every set-up of the project.
+The real downloads and installations are tested by every set-up of the project.
 """
 
-import importlib.util
 import io
+import os
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import venv
+import zipfile
 
 import pytest
-import torch
 
 from .conftest import ROOT, assert_told, run_program
 
 SCRIPT = ROOT / "tools" / "install_detectron2.py"
-spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-installer = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = installer
-spec.loader.exec_module(installer)
+INSTALLATION = ROOT / "balanced_d2" / "installation"
+sys.path.insert(0, str(INSTALLATION))  # the programs are stand-alone
+import install_detectron2 as installer  # noqa: E402
+import set_up  # noqa: E402
+
+sys.path.remove(str(INSTALLATION))
 
 
 @pytest.fixture(scope="module")
@@ -117,38 +121,273 @@ def test_missing_archive(torch_only_python, tmp_path):
 
 
 def test_substitutions_apply_exactly_or_are_named(tmp_path):
-    (tmp_path / "detectron2" / "utils").mkdir(parents=True)
-    (tmp_path / "a.py").write_text("one two two")
-    good = installer.Substitution("a.py", "two", "2", times=2)
-    installer.adapt(tmp_path, [good])
-    assert (tmp_path / "a.py").read_text() == "one 2 2"
-    assert (tmp_path / installer.PLACEHOLDER_PATH).is_file()
+    source, modules = tmp_path / "source", tmp_path / "modules"
+    (source / "package").mkdir(parents=True)
+    (modules / "package").mkdir(parents=True)
+    (source / "a.py").write_text("one two two")
+    (source / "package" / "b.py").write_text("two")
+    (modules / "package" / "b.py").write_text("ours")
+    good = installer.Substitution("**/*.py", r"tw(o)\b", r"2\1", times=3)
+    installer.adapt(source, [good], modules)
+    assert (source / "a.py").read_text() == "one 2o 2o"
+    assert (source / "package" / "b.py").read_text() == "ours"
 
+    (modules / "gone.py").touch()
     wrong = [
         installer.Substitution("a.py", "one", "1", times=3),
         installer.Substitution("gone.py", "x", "y"),
     ]
     with pytest.raises(installer.InstallError) as error:
-        installer.adapt(tmp_path, wrong)
+        installer.adapt(source, wrong, modules)
     assert "a.py: 'one' found 1 times, expected 3" in str(error.value)
     assert "gone.py: 'x' found 0 times, expected 1" in str(error.value)
+    assert "gone.py: to be replaced, but not there" in str(error.value)
 
 
-def test_missing_operators_explain_themselves():
-    try:
-        from detectron2 import _C  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        pytest.skip("this Detectron2 has its compiled operators")
-    from detectron2 import layers, model_zoo
+def test_the_wheel_is_the_one_that_this_version_makes():
+    version, is_ours = installer.installed_detectron2()
+    if not is_ours:
+        pytest.skip("another Detectron2 is installed")
+    assert version == installer.wheel_version()
+    from detectron2 import __version__, model_zoo
+    from detectron2.export import Caffe2Tracer, add_export_config
 
-    assert model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
-    for ask in (
-        lambda: layers.DeformConv(4, 4, 3),
-        lambda: layers.ModulatedDeformConv(4, 4, 3),
-        lambda: layers.ROIAlignRotated(7, 1.0, 2),
-        lambda: layers.nms_rotated(torch.zeros(1, 5), torch.zeros(1), 0.5),
-    ):
-        with pytest.raises(RuntimeError, match="compile Detectron2 from source"):
-            ask()
+    assert __version__ == "0.6"
+    assert add_export_config({}) == {}
+    with pytest.raises(RuntimeError, match="TracingAdapter"):
+        Caffe2Tracer({}, None, None)
+    for name in ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "common/models/fcos.py"):
+        assert model_zoo.get_config_file(name)
+
+
+@pytest.fixture
+def site_packages(tmp_path):
+    """A new virtual environment without pip: its Python, and where its packages are."""
+    venv.create(tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    (folder,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    return python, folder
+
+
+def write_package(folder, name, content="", version=None):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(content)
+    if version:
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+MISSING_LIBRARY = (
+    "raise ImportError('libxcb.so.1: cannot open shared object file: No such file or directory')"
+)
+
+
+def test_an_import_that_fails_is_that_of_the_package_that_fails(site_packages):
+    python, folder = site_packages
+    write_package(folder, "detectron2", "import fvcore\n__version__ = '0.6'", version="0.6")
+    write_package(folder, "fvcore", "import cv2")
+    write_package(folder, "cv2", MISSING_LIBRARY)
+    result = run_installer(python)
+    assert_told(result, "cv2 fails", "libxcb.so.1", "pip install opencv-python-headless")
+    (folder / "cv2" / "__init__.py").write_text("import nowhere")
+    assert_told(run_installer(python), "what cv2 needs", "No module named 'nowhere'")
+    (folder / "cv2" / "__init__.py").write_text("import os; os.kill(os.getpid(), 11)")
+    assert_told(run_installer(python), "detectron2 fails", "signal 11")
+    (folder / "cv2" / "__init__.py").write_text("")
+    result = run_installer(python)
+    assert result.returncode == 0 and "0.6 is already installed" in result.stdout
+
+
+def test_a_wheel_of_another_version_of_the_program_is_replaced(site_packages):
+    python, folder = site_packages
+    write_package(folder, "detectron2", version="0.6+pure.r00000000")
+    assert_told(run_installer(python), "torch is not installed")  # it has begun to install
+    assert (folder / "detectron2").exists()
+
+
+def test_what_an_interrupted_installation_left_is_removed(site_packages):
+    python, folder = site_packages
+    write_package(folder, "detectron2", version="0.6+pure.r00000000")
+    write_package(folder, "other", version="1.0")
+    (folder / "install_detectron2_unfinished").touch()
+    result = run_installer(python)
+    assert "removing what an interrupted installation left" in result.stdout
+    assert_told(result, "torch is not installed")
+    assert sorted(path.name for path in folder.iterdir()) == ["other", "other-1.0.dist-info"]
+
+
+# --- The environment of `make setup` ---------------------------------------------------------
+
+
+def write_wheel(folder, name, content, version="5.0"):
+    """A wheel of the package ``cv2``."""
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    with zipfile.ZipFile(
+        folder / f"{info.removesuffix('.dist-info')}-py3-none-any.whl", "w"
+    ) as zip:
+        zip.writestr("cv2/__init__.py", content)
+        zip.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        zip.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        names = ["cv2/__init__.py", *(f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD"))]
+        zip.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in names))
+
+
+@pytest.fixture
+def opencv_index(bare_python, tmp_path, monkeypatch):
+    """A folder of wheels to install from, and the Python to install into."""
+    for variable, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_CONFIG_FILE": "/dev/null",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    pip = [str(bare_python), "-m", "pip"]
+    yield tmp_path, bare_python, [*pip, "install", "-q"]
+    subprocess.run([*pip, "uninstall", "-q", "-y", "opencv-python", "opencv-python-headless"])
+
+
+def distributions(python):
+    result = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True)
+    return {line.split()[0] for line in result.stdout.splitlines()[2:]}
+
+
+def test_opencv_without_its_libraries_gives_way_to_headless(opencv_index, capsys):
+    folder, python, pip = opencv_index
+    write_wheel(folder, "opencv-python", MISSING_LIBRARY)
+    write_wheel(folder, "opencv-python-headless", "")
+    subprocess.run([*pip, "opencv-python"], check=True)
+    set_up.install_opencv(python, pip, "5.0")
+    assert "opencv-python-headless" in distributions(python) - {"opencv-python"}
+    assert "opencv-python" not in distributions(python)
+    (line,) = capsys.readouterr().out.splitlines()
+    for part in ("libxcb.so.1", "demo.py without --output", "--webcam", "apt-get install libgl1"):
+        assert part in line
+    # What brings it back, such as another package that asks for it by name, is settled again.
+    subprocess.run([*pip, "opencv-python"], check=True)
+    set_up.install_opencv(python, pip, "5.0")
+    assert "opencv-python" not in distributions(python)
+    assert installer.import_failure(python, "cv2") is None
+    # Where it imports, nothing changes.
+    set_up.install_opencv(python, pip, "5.0")
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_opencv_that_imports_in_no_build_says_what_to_install(opencv_index):
+    folder, python, pip = opencv_index
+    write_wheel(folder, "opencv-python", MISSING_LIBRARY)
+    write_wheel(folder, "opencv-python-headless", MISSING_LIBRARY)
+    subprocess.run([*pip, "opencv-python"], check=True)
+    with pytest.raises(installer.InstallError) as error:
+        set_up.install_opencv(python, pip, "5.0")
+    assert "apt-get install libgl1 libglib2.0-0 libxcb1" in str(error.value)
+    assert "libxcb.so.1" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_opencv_that_fails_otherwise_is_left_alone(opencv_index):
+    folder, python, pip = opencv_index
+    write_wheel(folder, "opencv-python", "import numpy_is_missing")
+    subprocess.run([*pip, "opencv-python"], check=True)
+    with pytest.raises(installer.InstallError, match="No module named 'numpy_is_missing'"):
+        set_up.install_opencv(python, pip, "5.0")
+    assert "opencv-python" in distributions(python)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps of set-up, which are noted down instead of run; the step to fail at."""
+    done, fail_at = [], []
+
+    def run_step(what, command):
+        if what in fail_at:
+            raise installer.InstallError(f"could not {what}")
+        done.append(what)
+        if "make the virtual environment" in what:
+            venv.create(command[-1])
+
+    monkeypatch.setattr(set_up, "run_step", run_step)
+    monkeypatch.setattr(set_up, "import_failure", lambda python, module: None)
+    return done, fail_at
+
+
+def test_an_interrupted_set_up_is_begun_again(steps, tmp_path):
+    done, fail_at = steps
+    folder = tmp_path / "with a space" / ".venv"
+    fail_at.append("install Detectron2")
+    with pytest.raises(installer.InstallError):
+        set_up.set_up(folder, [])
+    assert not (folder / ".ready").exists()
+    (folder / "half").touch()
+    fail_at.clear()
+    set_up.set_up(folder, [])
+    assert (folder / ".ready").exists() and not (folder / "half").exists()
+    assert done.count("make the virtual environment") == 2
+    # One that is ready is brought up to date as it stands.
+    (folder / "mine").touch()
+    done.clear()
+    set_up.set_up(folder, [])
+    assert "make the virtual environment" not in done and "install the project" in done
+    assert (folder / ".ready").exists() and (folder / "mine").exists()
+
+
+def test_an_environment_of_the_users_is_left_alone(steps, tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(installer.InstallError, match="not from a set-up of this project"):
+        set_up.set_up(tmp_path, [])
+    assert (tmp_path / "mine").exists() and not steps[0]
+
+
+def test_ctrl_c_and_failures_of_set_up_are_one_line(tmp_path):
+    """With pip arguments that let the first download fail, or hang until Ctrl-C."""
+    command = [sys.executable, str(INSTALLATION / "set_up.py"), "--venv", str(tmp_path / "env")]
+    environment = {
+        **os.environ,
+        "PIP_RETRIES": "0",
+        "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": "/dev/null",
+    }
+    result = subprocess.run(
+        [*command, "--pip-args=--index-url http://127.0.0.1:9/simple --no-cache-dir"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("set-up: error:")]
+    assert len(told) == 1 and "could not install requirements.txt" in told[0]
+    assert (tmp_path / "env" / set_up.UNFINISHED).exists()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        process = subprocess.Popen(
+            [*command, f"--pip-args=--index-url {index} --no-cache-dir"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        with connection:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "set-up: interrupted" in error
+    assert "Traceback" not in error
+
+
+def test_set_up_tells_an_old_python_that_it_is_one(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    with pytest.raises(installer.InstallError, match=r"3\.10\.1; name another one"):
+        set_up.check_python()
+
+
+def test_requirements_are_pinned_to_what_set_up_looks_for():
+    assert set_up.pinned_version(ROOT / "requirements.txt", "opencv-python").count(".") >= 2
+    names = (ROOT / "requirements.txt").read_text()
+    # It would bring opencv-python back by name, beside opencv-python-headless.
+    assert "\nlvis" not in names

@@ -1,12 +1,17 @@
 """Checkpoints of the trainer, across versions of Detectron2."""
 
 import logging
+import shutil
 
 import pytest
 import torch
 from detectron2.engine.train_loop import SimpleTrainer, TrainerBase
 
+from balanced_d2 import load_config
+from balanced_d2.data import register_coco
 from balanced_d2.engine import BalancedTrainer
+
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged
 
 
 @pytest.fixture
@@ -47,3 +52,31 @@ def test_checkpoint_without_optimizer_state(trainer, caplog):
         trainer.load_state_dict(state)
     assert trainer.iter == 41 and trainer.start_iter == 42
     assert "no optimizer state" in caplog.text
+
+
+def test_resume_with_a_scheduler_of_pytorchs_is_exact(tiny_coco, tmp_path):
+    class Trainer(BalancedTrainer):
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+
+    register_coco("resumed", str(tiny_coco), str(tiny_coco.parent / "images"))
+
+    def train(folder, resume):
+        options = [*TINY_MODEL, "SEED", "3", "OUTPUT_DIR", str(folder), "MODEL.DEVICE", "cpu"]
+        options += ["DATASETS.TRAIN", "('resumed',)", "DATASETS.TEST", "()"]
+        options += ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3"]
+        trainer = Trainer(load_config(str(ROOT / TINY_CONFIG), options))
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return logged(folder)[-1]["lr"], trainer.cfg.SOLVER.BASE_LR
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    resumed.mkdir()
+    rate, first_rate = train(whole, resume=False)
+    shutil.copy(whole / "model_0000002.pth", resumed)
+    (resumed / "last_checkpoint").write_text("model_0000002.pth")
+    assert rate == pytest.approx(first_rate / 4)
+    assert train(resumed, resume=True) == (rate, first_rate)
+    a, b = (torch.load(folder / "model_final.pth")["model"] for folder in (whole, resumed))
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -12,7 +12,7 @@ from balanced_d2.data.check_coco import check_coco
 from balanced_d2.data.classes import check_classes
 from balanced_d2.data.clean import Finding, clean, found, label_of, tell
 from balanced_d2.data.coco import told_as_annotation_error
-from balanced_d2.errors import UserError
+from balanced_d2.errors import UserError, check_package
 from balanced_d2.evaluation.build import check_evaluator
 from balanced_d2.progress import WithBar
 
@@ -80,11 +80,20 @@ def load(name: str) -> List[Dict]:
     """The records of a registered data set.
 
     Raises:
-        UserError: if that fails by the annotations.
+        UserError: if that fails by the annotations, or for want of a package.
     """
     source = MetadataCatalog.get(name).get("json_file", "its source")
-    with told_as_annotation_error(name, source):
-        return DatasetCatalog.get(name)
+    try:
+        with told_as_annotation_error(name, source):
+            return DatasetCatalog.get(name)
+    except ModuleNotFoundError as error:
+        # lvis would bring opencv-python beside another build of OpenCV; the rest of what it
+        # requires is there.
+        package = "--no-deps lvis" if error.name == "lvis" else error.name
+        raise UserError(
+            f"data set {name!r} cannot be loaded without the package {error.name}; run: "
+            f"pip install {package}"
+        ) from error
 
 
 def coco_file(name: str) -> Optional[str]:
@@ -230,6 +239,12 @@ def check_solver(cfg: CfgNode) -> None:
             f"training ends at SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}; set SOLVER.STEPS to earlier "
             'iterations, or to "()" for a rate that does not fall'
         )
+
+
+def check_crop(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if polygons are to be cropped, but not by what is installed."""
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        check_package("shapely", "INPUT.CROP.ENABLED with masks: crop polygons")
 
 
 def check_samplers(cfg: CfgNode) -> None:

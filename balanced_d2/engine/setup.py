@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from balanced_d2.config import load_config
-from balanced_d2.data.check import check_datasets, check_samplers, check_solver
+from balanced_d2.data.check import check_crop, check_datasets, check_samplers, check_solver
 from balanced_d2.data.register import add_register_argument, register_from
 from balanced_d2.engine.lazy import lazy_trainer
 from balanced_d2.engine.trainer import BalancedTrainer
@@ -97,6 +97,7 @@ def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
     default_setup(to_save, args)
     if not args.eval_only:
         check_solver(cfg)
+        check_crop(cfg)
         check_wandb(cfg)
     check_samplers(cfg)
     check_datasets(cfg, train=not args.eval_only, annotations=not args.skip_data_check)

@@ -1,18 +1,14 @@
 """Weights & Biases, for those who ask for it: it is sent what TensorBoard gets."""
 
-import importlib.util
-
 from detectron2.config import CfgNode
 
-from balanced_d2.errors import UserError
+from balanced_d2.errors import check_package
 
 
 def check_wandb(cfg: CfgNode) -> None:
     """Raise :class:`UserError` if Weights & Biases is asked for, but not installed."""
-    if cfg.WANDB.ENABLED and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "WANDB.ENABLED is True, but Weights & Biases is not installed: pip install wandb"
-        )
+    if cfg.WANDB.ENABLED:
+        check_package("wandb", "WANDB.ENABLED is True: send metrics to Weights & Biases")
 
 
 def start_wandb(cfg: CfgNode) -> None:

@@ -61,7 +61,7 @@ def _weights(
     sampling_ratio: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The pixels of all bins one after the other, their weights, and where each bin starts."""
-    num_images, _, height, width = shape
+    _, _, height, width = shape
     bins_y, bins_x = output_size
     if bool((rois[:, 3:5] < 0).any()):
         raise ValueError("roi_align_rotated: a box has a negative width or height")
@@ -88,14 +88,14 @@ def _weights(
     place_y, place_x = place // points_x[roi], place % points_x[roi]
 
     # Its place in the RoI, from -0.5 to 0.5 of height and width, then in the image.
-    y = (bin_y + (place_y + 0.5) / points_y[roi]) / bins_y - 0.5
-    x = (bin_x + (place_x + 0.5) / points_x[roi]) / bins_x - 0.5
+    y = (bin_y + (place_y.to(rois.dtype) + 0.5) / points_y[roi]) / bins_y - 0.5
+    x = (bin_x + (place_x.to(rois.dtype) + 0.5) / points_x[roi]) / bins_x - 0.5
     y, x = y * roi_height[roi], x * roi_width[roi]
     cos, sin = angle.cos()[roi], angle.sin()[roi]
     y, x = y * cos - x * sin + center_y[roi], y * sin + x * cos + center_x[roi]
 
     inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-    weight = inside / num_points[roi]
+    weight = inside.to(rois.dtype) / num_points[roi]
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     top, left = y.floor(), x.floor()
     down, right = y - top, x - left

@@ -122,7 +122,7 @@ def _iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
         rounded = _rounded_area(inner, outer)
         intersection = torch.where(_is_within(inner, outer), rounded, intersection)
     valid = (areas1 > 0) & (areas2 > 0)
-    return torch.where(valid, intersection / (areas1 + areas2 - intersection), 0)
+    return torch.where(valid, intersection / (areas1 + areas2 - intersection), 0).clamp(max=1)
 
 
 def _rounded_area(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

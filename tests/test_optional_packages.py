@@ -1,0 +1,80 @@
+"""Packages that only some configs need: what lacks them is told at the start, before any work."""
+
+import sys
+
+import detectron2.data.transforms as T
+import pytest
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from balanced_d2 import load_config
+from balanced_d2.data.check import check_crop, load
+from balanced_d2.errors import UserError
+from balanced_d2.lazy_config import load_lazy_config, trainer_config
+
+from .conftest import ROOT, TINY_MODEL, assert_told
+
+LAZY = "configs/COCO-Detection/balanced_faster_rcnn_R_50_FPN_1x.py"
+MASKS = "configs/COCO-InstanceSegmentation/balanced_mask_rcnn_R_50_FPN_1x.yaml"
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Lets a package be missing."""
+    return lambda module: monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_shapely_for_cropped_polygons(without, tiny_coco, tmp_path, train_net_here):
+    without("shapely")
+    register = ["--register", "cropped", tiny_coco, tiny_coco.parent / "images"]
+    options = [*TINY_MODEL, "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", "", "SOLVER.STEPS", "()"]
+    options += ["DATASETS.TRAIN", "('cropped',)", "DATASETS.TEST", "()"]
+    result = train_net_here(*register, *options, "INPUT.CROP.ENABLED", "True", config=MASKS)
+    assert_told(result, "INPUT.CROP.ENABLED", "pip install shapely")
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("INPUT.CROP.ENABLED", "False"),
+        ("INPUT.CROP.ENABLED", "True", "INPUT.MASK_FORMAT", "bitmask"),
+        ("INPUT.CROP.ENABLED", "True", "MODEL.MASK_ON", "False"),
+    ],
+)
+def test_shapely_is_asked_for_only_where_it_is_used(without, options):
+    without("shapely")
+    check_crop(load_config(str(ROOT / MASKS), options))
+
+
+def test_shapely_for_crops_of_a_lazy_config(without):
+    without("shapely")
+    lazy = load_lazy_config(str(ROOT / LAZY))
+    mapper = lazy.dataloader.train.mapper
+    mapper.augmentations.append(L(T.RandomCrop)(crop_type="relative", crop_size=(0.5, 0.5)))
+    check_crop(trainer_config(lazy))
+    mapper.use_instance_mask = True
+    with pytest.raises(UserError, match="pip install shapely"):
+        check_crop(trainer_config(lazy))
+
+
+@pytest.mark.parametrize(
+    "module, advice", [("lvis", "pip install --no-deps lvis"), ("nowhere", "pip install nowhere")]
+)
+def test_a_data_set_whose_loader_lacks_a_package(without, module, advice):
+    without(module)
+    DatasetCatalog.register("loaded", lambda: __import__(module))
+    try:
+        with pytest.raises(UserError, match=f"'loaded'.*without the package {module}.*{advice}"):
+            load("loaded")
+    finally:
+        DatasetCatalog.remove("loaded")
+        MetadataCatalog.pop("loaded", None)
+
+
+def test_opencv_is_told_by_its_own_name(without):
+    """Which of several packages has it is the user's choice; none is required by name."""
+    without("cv2")
+    init = (ROOT / "balanced_d2" / "__init__.py").read_text()
+    with pytest.raises(ModuleNotFoundError, match="pip install opencv-python .*headless"):
+        exec(compile(init, "balanced_d2/__init__.py", "exec"), {"__name__": "balanced_d2"})
