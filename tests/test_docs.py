@@ -6,6 +6,7 @@ trainings and measurements are made short, by programs in front of Python's and 
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,8 @@ def reader(tmp_path_factory):
         if path.name not in ("python", "torchrun"):
             (programs / path.name).symlink_to(path)
     for name, program in {
-        "python": sys.executable,
-        "torchrun": f"{sys.executable} -m torch.distributed.run",
+        "python": shlex.quote(sys.executable),
+        "torchrun": f"{shlex.quote(sys.executable)} -m torch.distributed.run",
     }.items():
         (programs / name).write_text(SHORT.format(program=program))
         (programs / name).chmod(0o755)

@@ -101,6 +101,7 @@ SUBSTITUTIONS = [
     ),
     # Packaging: upstream's name, no extension modules, all configs, no stale pins.
     Substitution("setup.py", r'name="pb1-detectron2"', 'name="detectron2"'),
+    Substitution("setup.py", r'python_requires=">=3\.6"', 'python_requires=">=3.10"'),
     Substitution("setup.py", r"    ext_modules=get_extensions\(\),\n    cmdclass=.*\n", ""),
     Substitution(
         "setup.py", r"get_model_zoo_configs\(\)\}", '["configs/**/*.yaml", "configs/**/*.py"]}'
@@ -119,22 +120,27 @@ def main() -> int:
         metavar="FILE",
         help="the source archive, if it is already here (default: download it with pip)",
     )
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FOLDER",
+        help="write the wheel to a folder, for any machine and Python, and install nothing",
+    )
     args = parser.parse_args()
     try:
-        remove_leftovers()
-        version, is_ours = installed_detectron2()
-        if version and not (is_ours and version != wheel_version()):
-            require_import("detectron2")
-            say(f"detectron2 {version} is already installed")
+        if args.wheel is None and is_installed():
             return 0
         require_build_tools()
-        if version:
-            say(f"replacing detectron2 {version}, which another version of this program installed")
         with tempfile.TemporaryDirectory(prefix="install-detectron2-") as tmp:
             archive = args.archive or download(Path(tmp))
             source = unpack(archive, Path(tmp) / "source")
             adapt(source)
-            install(build_wheel(source, Path(tmp) / "wheel"))
+            wheel = build_wheel(source, Path(tmp) / "wheel")
+            if args.wheel is None:
+                install(wheel)
+            else:
+                args.wheel.mkdir(parents=True, exist_ok=True)
+                say(f"wrote {shutil.copy(wheel, args.wheel)}")
     except (InstallError, OSError) as error:
         print(f"install_detectron2: error: {error}", file=sys.stderr)
         return 1
@@ -142,6 +148,20 @@ def main() -> int:
         print("install_detectron2: interrupted; run it again", file=sys.stderr)
         return 130
     return 0
+
+
+def is_installed() -> bool:
+    """Whether there is nothing to do: this Detectron2 or another one is installed, and imports."""
+    remove_leftovers()
+    version, is_ours = installed_detectron2()
+    if version is None:
+        return False
+    if is_ours and version != wheel_version():
+        say(f"replacing detectron2 {version}, which another version of this program installed")
+        return False
+    require_import("detectron2")
+    say(f"detectron2 {version} is already installed")
+    return True
 
 
 def wheel_version() -> str:
