@@ -401,6 +401,7 @@ def test_nothing_detected_is_an_ap_of_zero(tiny_coco, tmp_path, caplog):
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+TORCHRUN += ("--local-addr", "127.0.0.1")  # the name of this machine may have no address
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

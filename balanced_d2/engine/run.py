@@ -66,7 +66,7 @@ def _launch(main: Main, args: argparse.Namespace) -> None:
     if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
         raise UserError(
             "--num-gpus and --num-machines need CUDA, which this machine has not; on CPUs run: "
-            f"torchrun --nproc-per-node {args.num_gpus} {sys.argv[0]} ..."
+            f"torchrun --local-addr 127.0.0.1 --nproc-per-node {args.num_gpus} {sys.argv[0]} ..."
         )
     try:
         launch(
