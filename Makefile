@@ -10,7 +10,7 @@ INSTALLATION := $(shell find balanced_d2/installation -name '*.py')
 DEMO_CONFIG := configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml
 DEMO_OUTPUT := output/demo
 
-.PHONY: demo test soak lint benchmark setup check-fresh clean
+.PHONY: demo test test-fast soak lint benchmark setup check-fresh clean
 
 demo: $(READY)
 	rm -rf $(DEMO_OUTPUT)
@@ -30,6 +30,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# For the daily work: what takes less than a few seconds.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The fault and property tests at length: about half an hour on two cores.
 soak: $(READY)

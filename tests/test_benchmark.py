@@ -9,6 +9,8 @@ from balanced_d2.modeling import FeatureBalancer
 
 from .conftest import assert_told, load_tool, run_program
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def benchmark():

@@ -144,6 +144,7 @@ def test_unknown_name(check):
     assert exit_code == 2 and "'nowhere' is not registered" in err and not out
 
 
+@pytest.mark.slow
 def test_as_a_program(tiny_coco):
     result = run_program(
         *("tools/check_dataset.py", "tiny", "--register", "tiny", tiny_coco),

@@ -51,6 +51,7 @@ def expected_detections(demo, image, threshold):
     return found[found.scores > threshold]
 
 
+@pytest.mark.slow
 def test_as_a_program(demo, images, tmp_path):
     """In a process, on a folder, with --input just before the options."""
     folder = tmp_path / "images"

@@ -17,6 +17,8 @@ import pytest
 
 from .conftest import ROOT, write_bccd, write_coco
 
+pytestmark = pytest.mark.slow
+
 PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 MARK = "not run by the tests: "

@@ -96,6 +96,7 @@ def assert_equal(model, run, image, kind):
     return len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("refine_type", ["none", "conv", "non_local", "non_local_pooled"])
 def test_equal_at_sizes_never_seen(refine_type, kind, tmp_path):
@@ -108,6 +109,7 @@ def test_equal_at_sizes_never_seen(refine_type, kind, tmp_path):
         assert_equal(model, run, image.float(), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "opts",
@@ -181,6 +183,7 @@ def silence(module, model=None):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_traced_architectures(name, tmp_path):
     model = small_model(*ARCHITECTURES[name])
@@ -190,6 +193,7 @@ def test_traced_architectures(name, tmp_path):
     assert assert_equal(silence(model), silence(run), smooth_image(150, 149), "tracing") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masks and keypoints", "RetinaNet"])
 def test_traced_where_nothing_is_detected(name, tmp_path):
     model = small_model(*ARCHITECTURES[name])
@@ -199,6 +203,7 @@ def test_traced_where_nothing_is_detected(name, tmp_path):
         assert assert_equal(model, run, smooth_image(*size), "tracing") > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cascade with masks", "RetinaNet"])
 def test_onnx_of_architectures(name, tmp_path):
     model = small_model(*ARCHITECTURES[name])
@@ -207,6 +212,7 @@ def test_onnx_of_architectures(name, tmp_path):
         assert assert_equal(model, run, smooth_image(*size), "onnx") > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tracing", "onnx"])
 def test_equal_for_cascade(kind, tmp_path):
     model = small_model(
@@ -219,6 +225,7 @@ def test_equal_for_cascade(kind, tmp_path):
         assert assert_equal(model, run, smooth_image(*size), kind) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_without_detections(kind, tmp_path):
     model = small_model("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0")
@@ -227,6 +234,7 @@ def test_equal_without_detections(kind, tmp_path):
         assert assert_equal(model, run, smooth_image(*size), kind) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_leaves_the_model_as_it_is(kind, tmp_path):
     model = small_model()
@@ -272,6 +280,7 @@ def test_no_device_in_the_file(method, name, tmp_path):
     assert "torch.device(" in naive.code
 
 
+@pytest.mark.slow
 def test_metadata_is_in_the_file(tmp_path):
     for method in ("tracing", "scripting"):
         exported(small_model(), method, tmp_path)

@@ -24,6 +24,8 @@ from balanced_d2.export.verify import Detections
 from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program
 from .test_export import KEYPOINTS, MASKS, METADATA, small_model, smooth_image
 
+pytestmark = pytest.mark.slow
+
 EXPORTS = {
     "tracing": ("model.ts", []),
     "scripting": ("model.ts", ["--method", "scripting"]),

@@ -66,6 +66,7 @@ def test_package_without_detectron2_names_the_installer(bare_python):
     assert "run: python tools/install_detectron2.py" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_does_nothing_where_detectron2_imports():
     result = run_program(SCRIPT)
     assert result.returncode == 0
@@ -256,6 +257,7 @@ def distributions(python):
     return {line.split()[0] for line in result.stdout.splitlines()[2:]}
 
 
+@pytest.mark.slow
 def test_opencv_without_its_libraries_gives_way_to_headless(opencv_index, capsys):
     folder, python, pip = opencv_index
     write_wheel(folder, "opencv-python", MISSING_LIBRARY)
@@ -277,6 +279,7 @@ def test_opencv_without_its_libraries_gives_way_to_headless(opencv_index, capsys
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_opencv_that_imports_in_no_build_says_what_to_install(opencv_index):
     folder, python, pip = opencv_index
     write_wheel(folder, "opencv-python", MISSING_LIBRARY)
@@ -341,6 +344,7 @@ def test_an_environment_of_the_users_is_left_alone(steps, tmp_path):
     assert (tmp_path / "mine").exists() and not steps[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_failures_of_set_up_are_one_line(tmp_path):
     """With pip arguments that let the first download fail, or hang until Ctrl-C."""
     command = [sys.executable, str(INSTALLATION / "set_up.py"), "--venv", str(tmp_path / "env")]

@@ -139,6 +139,7 @@ def test_a_trace_chooses_the_form_at_run_time():
             assert torch.equal(added, x + F.interpolate(y, fine, mode="nearest"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine_type", ["none", "conv", "non_local", "non_local_pooled"])
 @pytest.mark.skipif(
     TORCH_VERSION < (2, 14), reason="torch.export of older PyTorch fixes whether P5's size is even"

@@ -17,6 +17,8 @@ from balanced_d2.data.loader import TrainLoader
 
 from .conftest import ROOT, TINY_MODEL, load_tool, run_program, write_bccd
 
+pytestmark = pytest.mark.slow
+
 FOLDER = "studies/bccd_ablation"
 # A few iterations (the first are not timed) that change no weight, of a tiny model.
 OPTS = [*TINY_MODEL[2:], "SOLVER.MAX_ITER", "5", "SOLVER.BASE_LR", "0.0"]

@@ -94,6 +94,7 @@ def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_pat
     assert rate == pytest.approx(0.03 * (1 + math.cos(math.pi * 3 / 4)) / 2, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balances", [[], COMPONENTS_OFF], ids=["balanced", "plain"])
 def test_same_seed_same_model(trained, tiny_coco, tmp_path, train_net_here, balances):
     """The balanced one in this process as in another, where it was evaluated as well."""
@@ -119,6 +120,7 @@ def test_bccd_as_registered(bccd_root, tmp_path):
     assert "dropped 1 annotation(s)" in warning and "annotation 2288" in warning
 
 
+@pytest.mark.slow
 def test_contact_sheet(trained, tiny_coco, tmp_path, run_here):
     predictions = trained[1] / "inference" / "coco_instances_results.json"
     sheet = tmp_path / "sheets" / "sheet.png"
@@ -235,6 +237,7 @@ def test_mistakes_are_told(make, parts, tiny_coco, tmp_path, train_net_here):
     assert not list(tmp_path.glob("*.pth"))
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_program(tiny_coco, tmp_path):
     make, parts = MISTAKES["wrong number of classes"]
     assert_told(train_net(*make(tiny_coco, tmp_path)["arguments"]), *parts)

@@ -54,6 +54,7 @@ def test_checkpoint_without_optimizer_state(trainer, caplog):
     assert "no optimizer state" in caplog.text
 
 
+@pytest.mark.slow
 def test_resume_with_a_scheduler_of_pytorchs_is_exact(tiny_coco, tmp_path):
     class Trainer(BalancedTrainer):
         @classmethod

@@ -162,7 +162,7 @@ def run_step(what: str, command: list[str]) -> None:
         raise
     if returncode:
         marked = [error for error in errors if re.match(r"ERROR:|\w+: error:", error)]
-        error = [f"exit code {returncode}", *errors[-1:], *marked[-1:]][-1]
+        error = [f"exit code {returncode}", *errors[-1:], *marked[-1:]][-1].removeprefix("ERROR: ")
         if "No space left on device" in error:
             error += " (about 8 GB are needed)"
         raise InstallError(f"could not {what}: {error}; when that is settled, run this again")

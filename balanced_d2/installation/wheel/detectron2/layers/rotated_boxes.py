@@ -29,7 +29,6 @@ def pairwise_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Te
     return ious
 
 
-@torch.library.custom_op("detectron2::nms_rotated", mutates_args=())
 def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Greedy non-maximum suppression of rotated boxes.
 
@@ -51,9 +50,13 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
     return order[_greedy(len(order), torch.cat(better), torch.cat(worse))]
 
 
-@nms_rotated.register_fake
-def _(boxes, scores, iou_threshold):
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+if not hasattr(torch.ops.detectron2, "nms_rotated"):
+    # The name by which Detectron2's layers and scripted models call it.
+    _operator = torch.library.custom_op("detectron2::nms_rotated", nms_rotated, mutates_args=())
+
+    @_operator.register_fake
+    def _(boxes, scores, iou_threshold):
+        return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
 def _greedy(num: int, better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
