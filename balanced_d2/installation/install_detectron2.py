@@ -314,6 +314,7 @@ def build_wheel(source: Path, folder: Path) -> Path:
         str(source),
         # Appended to the version by Detectron2's setup.py.
         D2_VERSION_SUFFIX=wheel_version().removeprefix("0.6"),
+        SOURCE_DATE_EPOCH="1634256000",  # so that its bits are always the same
     )
     if result.returncode != 0:
         raise InstallError(f"could not build the wheel ({pip_error(result)})")
@@ -324,7 +325,8 @@ def install(wheel: Path) -> None:
     say(f"installing detectron2 {wheel_version()}")
     marker = leftover_marker()
     marker.touch()
-    result = pip("install", str(wheel))
+    # By its name, so that pip does not note down a path that is gone when this is over.
+    result = pip("install", f"detectron2=={wheel_version()}", f"--find-links={wheel.parent}")
     if result.returncode != 0:
         raise InstallError(f"could not install the wheel ({pip_error(result)}); run this again")
     marker.unlink()
