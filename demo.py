@@ -145,6 +145,11 @@ def check_output(sources: List[Source], output: Optional[str]) -> None:
         on_screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
         if not on_screen:
             raise UserError("there is no screen to show pictures on: give --output DIR")
+        if re.search(r"GUI: +NONE", cv2.getBuildInformation()):
+            raise UserError(
+                "the OpenCV that is installed opens no windows (opencv-python-headless): give "
+                "--output DIR, or see docs/install.md"
+            )
         return
     check_writable(os.path.join(output, "picture"), "the folder of --output,")
     inputs = {os.path.realpath(source.path) for source in sources}

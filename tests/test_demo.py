@@ -174,6 +174,9 @@ def test_without_a_screen(detect, images, monkeypatch, run_here, tmp_path):
         monkeypatch.delenv(name, raising=False)
     assert_told(detect("--input", images[0]), "no screen", "--output DIR")
     assert_told(detect("--input", images[0], "--json"), "--json", "--output")
+    monkeypatch.setenv("DISPLAY", ":7")
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                  NONE\n")
+    assert_told(detect("--input", images[0]), "opens no windows", "--output DIR")
     lazy = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.py"
     arguments = ("--config-file", lazy, "--input", images[0], "--output", tmp_path)
     assert_told(run_here("demo.py", *arguments), "takes YAML configs")

@@ -121,7 +121,7 @@ def install_opencv(python: Path, pip: list[str], version: str) -> None:
     missing = re.findall(r"[\w.+-]+\.so[\w.]*", failure)
     say(
         f"{OPENCV} needs {missing[0]}, which this machine does not have: putting {HEADLESS} in its "
-        "place. It opens no windows, as demo.py without --output and --webcam do; to have them: "
+        "place. It opens no windows, which demo.py without --output needs, --webcam too; for them: "
         f"apt-get install {DEBIAN_PACKAGES}, then make clean setup"
     )
     # Both at once, since their files have the same names.
