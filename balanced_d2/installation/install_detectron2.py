@@ -260,7 +260,9 @@ def unpack(archive: Path, folder: Path) -> Path:
     if digest != SHA256:
         raise wrong_checksum(str(archive), digest)
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(folder)
     return next(folder.iterdir())
 
 
