@@ -16,17 +16,19 @@ from detectron2.modeling import (
 )
 
 from balanced_d2.errors import UserError
+from balanced_d2.modeling.box_losses import DETECTRON2_LOSSES
 
 
 def add_balanced_config(cfg: CN) -> None:
-    """Add the keys of balanced_d2 to a Detectron2 config. No key that is there changes."""
+    """Add the keys of balanced_d2 to a Detectron2 config, with all balances off. No key that is
+    there changes; ``configs/Balanced.yaml`` turns the balances on."""
     # Balanced feature pyramid, for the builders `build_balanced_*fpn_backbone`.
     cfg.MODEL.BALANCED_FPN = CN()
     # The backbone that `build_balanced_fpn_backbone` and `build_balanced_retinanet_fpn_backbone`
     # build the pyramid on: any name of Detectron2's BACKBONE_REGISTRY.
     cfg.MODEL.BALANCED_FPN.BOTTOM_UP = "build_resnet_backbone"
-    # False: the same builders give Detectron2's plain FPN.
-    cfg.MODEL.BALANCED_FPN.ENABLED = True
+    # Whether the pyramid is balanced; if not, the same builders give Detectron2's plain FPN.
+    cfg.MODEL.BALANCED_FPN.ENABLED = False
     # The level, counted from the finest, at whose resolution the levels are averaged and refined:
     # 2 for P2-P6, 1 for P3-P7 (stride 16 in both).
     cfg.MODEL.BALANCED_FPN.REFINE_LEVEL = 2
@@ -37,14 +39,16 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.MODEL.BALANCED_FPN.P7_RELU = True
 
     # Sampling of proposals, for BalancedROIHeads.
-    # Negatives: "random" as in Detectron2, or "iou_balanced", evenly over bins of IoU.
-    cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "iou_balanced"
-    # Positives: "random" as in Detectron2, or "instance_balanced", evenly over the ground truth.
+    # Negatives: "random" as in Detectron2, "iou_balanced", evenly over bins of IoU, or any other
+    # entry of NEGATIVE_SAMPLERS.
+    cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
+    # Positives: "random" as in Detectron2, "instance_balanced", evenly over the ground truth, or
+    # any other entry of POSITIVE_SAMPLERS.
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
     # Into how many bins the IoU of negatives is split.
     cfg.MODEL.ROI_HEADS.NUM_BINS = 3
 
-    # Balanced L1, for BBOX_REG_LOSS_TYPE "balanced_l1" of MODEL.ROI_BOX_HEAD (with
+    # Of Balanced L1, for BBOX_REG_LOSS_TYPE "balanced_l1" of MODEL.ROI_BOX_HEAD (with
     # BalancedROIHeads or BalancedCascadeROIHeads) and of MODEL.RETINANET (with BalancedRetinaNet).
     for node, beta in ((cfg.MODEL.ROI_BOX_HEAD, 1.0), (cfg.MODEL.RETINANET, 0.11)):
         # How much the gradient of inliers rises: the smaller, the more.
@@ -113,9 +117,9 @@ def _check_names(cfg: CN) -> None:
         key, loss_type = "ROI_BOX_HEAD", model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
         cls = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
         ours = "MODEL.ROI_HEADS.NAME BalancedROIHeads or BalancedCascadeROIHeads"
-    if loss_type == "balanced_l1" and cls.__module__.startswith("detectron2."):
+    if loss_type not in DETECTRON2_LOSSES and cls.__module__.startswith("detectron2."):
         raise UserError(
-            f'MODEL.{key}.BBOX_REG_LOSS_TYPE "balanced_l1" needs {ours}; {cls.__name__} does not '
+            f'MODEL.{key}.BBOX_REG_LOSS_TYPE "{loss_type}" needs {ours}; {cls.__name__} does not '
             "know it"
         )
 

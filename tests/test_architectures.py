@@ -204,7 +204,8 @@ def test_cascade_samples_once_and_has_the_loss_in_all_stages():
     weights = []
     for predictor in heads.box_predictor:
         assert type(predictor) is BalancedFastRCNNOutputLayers
-        assert predictor.balanced_l1 == (0.5, 1.0, 1.0)
+        loss = predictor.regression_loss
+        assert (loss.alpha, loss.gamma, loss.beta) == (0.5, 1.0, 1.0)
         weights.append(predictor.box2box_transform.weights)
     assert weights == list(config.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS)
     assert heads.iou_range == (0.0, 0.5)

@@ -469,6 +469,7 @@ def test_schedules_that_are_right(opts):
     "heads, opts, keys",
     [
         ("StandardROIHeads", ["NUM_BINS", "4"], "MODEL.ROI_HEADS.NUM_BINS set"),
+        ("StandardROIHeads", ["NEGATIVE_SAMPLER", "iou_balanced"], "NEGATIVE_SAMPLER set"),
         (
             "StandardROIHeads",
             ["POSITIVE_SAMPLER", "instance_balanced", "NUM_BINS", "4"],

@@ -19,7 +19,7 @@ from .conftest import ROOT, write_bccd, write_coco
 
 pytestmark = pytest.mark.slow
 
-PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "CHANGELOG.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 MARK = "not run by the tests: "
 # What cannot be had on this machine, or is run otherwise.

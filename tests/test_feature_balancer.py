@@ -119,7 +119,7 @@ PYRAMIDS = {
 }
 
 
-@pytest.mark.parametrize("refine_type", REFINEMENTS)
+@pytest.mark.parametrize("refine_type", REFINEMENTS.names())
 @pytest.mark.parametrize("sizes, refine_level", PYRAMIDS.values(), ids=PYRAMIDS.keys())
 def test_equals_plain_loops(sizes, refine_level, refine_type):
     channels, batch = 3, 2
@@ -149,7 +149,7 @@ def test_equals_plain_loops(sizes, refine_level, refine_type):
             np.testing.assert_allclose(got[n].numpy(), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("refine_type", REFINEMENTS)
+@pytest.mark.parametrize("refine_type", REFINEMENTS.names())
 def test_gradients(refine_type):
     balancer = random_parameters(FeatureBalancer(2, 1, refine_type))
     levels = [
@@ -165,7 +165,7 @@ def test_gradients(refine_type):
     assert torch.autograd.gradcheck(balance, (*levels, *parameters))
 
 
-@pytest.mark.parametrize("refine_type", REFINEMENTS)
+@pytest.mark.parametrize("refine_type", REFINEMENTS.names())
 def test_compiles_as_one_graph(refine_type):
     balancer = FeatureBalancer(8, 1, refine_type)
     for parameter in balancer.parameters():

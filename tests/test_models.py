@@ -16,7 +16,7 @@ from torch import nn
 
 from balanced_d2 import add_balanced_config, load_config
 from balanced_d2.errors import UserError
-from balanced_d2.modeling import P6P7, BalancedFPN, BalancedRetinaNet
+from balanced_d2.modeling import P6P7, BalancedFPN, BalancedL1, BalancedRetinaNet
 
 from .conftest import ROOT
 
@@ -58,11 +58,12 @@ def test_config_builds(name):
         model = build_model(cfg)
     balances = [isinstance(model.backbone, BalancedFPN)]
     if isinstance(model, BalancedRetinaNet):
-        balances.append(model.balanced_l1 is not None)
+        balances.append(isinstance(model.regression_loss, BalancedL1))
     else:
         predictors = model.roi_heads.box_predictor
         for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-            balances.append(predictor.box_reg_loss_type == "balanced_l1")
+            loss = getattr(predictor, "regression_loss", None)
+            balances.append(isinstance(loss, BalancedL1))
         balances.append(cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER == "iou_balanced")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     schedule = f"{cfg.SOLVER.MAX_ITER:,} × {cfg.SOLVER.IMS_PER_BATCH}"
@@ -260,7 +261,7 @@ def test_balanced_fpn_without_a_config():
 
 
 def test_unknown_box_loss():
-    with pytest.raises(UserError, match="BBOX_REG_LOSS_TYPE 'balancedl1'"):
+    with pytest.raises(UserError, match="BBOX_REG_LOSS_TYPE.*no 'balancedl1'.*, balanced_l1"):
         build_model(config(R_18.format(""), "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balancedl1"))
 
 

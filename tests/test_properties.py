@@ -88,7 +88,7 @@ sizes = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, 
 @given(
     sizes,
     st.data(),
-    st.sampled_from(list(REFINEMENTS)),
+    st.sampled_from(REFINEMENTS.names()),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     st.integers(1, 3),
     st.floats(0, 1e4),

@@ -14,7 +14,14 @@ from detectron2.utils.events import EventStorage
 
 from balanced_d2 import load_config
 from balanced_d2.errors import UserError
-from balanced_d2.modeling import BalancedFastRCNNOutputLayers, BalancedSamplingMixin
+from balanced_d2.modeling import (
+    BalancedFastRCNNOutputLayers,
+    BalancedL1,
+    BalancedSamplingMixin,
+    IoUBalancedSampler,
+    sample_instance_balanced,
+    sample_random,
+)
 from balanced_d2.modeling.roi_heads import negative_iou_range
 
 
@@ -24,12 +31,12 @@ class SamplingOnly(BalancedSamplingMixin, ROIHeads):
 
 def heads(cls=SamplingOnly, thresholds=(0.5,), labels=(0, 1), **arguments):
     arguments = {"batch_size_per_image": 60, "proposal_append_gt": True, **arguments}
-    return cls(
-        num_classes=4,
-        positive_fraction=0.25,
-        proposal_matcher=Matcher(list(thresholds), list(labels), allow_low_quality_matches=False),
-        **arguments,
-    )
+    matcher = Matcher(list(thresholds), list(labels), allow_low_quality_matches=False)
+    if issubclass(cls, BalancedSamplingMixin):
+        iou_range = negative_iou_range(matcher)
+        balanced = IoUBalancedSampler(max(1, arguments.get("num_bins", 3)), iou_range)
+        arguments.setdefault("negative_sampler", balanced)
+    return cls(num_classes=4, positive_fraction=0.25, proposal_matcher=matcher, **arguments)
 
 
 def instances(**fields):
@@ -114,8 +121,8 @@ def test_logged_counts_are_means_over_images():
     assert logged["roi_head/num_bg_samples"] == (45 + 30) / 2
 
 
-@pytest.mark.parametrize("negative_sampler", ["random", "iou_balanced"])
-@pytest.mark.parametrize("positive_sampler", ["random", "instance_balanced"])
+@pytest.mark.parametrize("negative_sampler", [sample_random, IoUBalancedSampler()])
+@pytest.mark.parametrize("positive_sampler", [sample_random, sample_instance_balanced])
 @pytest.mark.parametrize("labels", [(0, 1), (-1, 0, 1)])
 def test_degenerate_images(negative_sampler, positive_sampler, labels):
     """No objects, no proposals, neither, only positives: as many as there are, no error."""
@@ -146,7 +153,7 @@ def test_ignored_proposals_are_not_sampled():
         thresholds=(0.3, 0.7),
         labels=(0, -1, 1),
         proposal_append_gt=False,
-        negative_sampler="random",  # which does not look at the IoU
+        negative_sampler=sample_random,  # which does not look at the IoU
     )
     targets = ground_truth()
     (sampled,), _ = sample(roi_heads, [shifted_proposals()], [targets])
@@ -162,7 +169,7 @@ def test_instance_balanced_positives():
     )
     proposals = instances(proposal_boxes=boxes, objectness_logits=torch.zeros(100))
     roi_heads = heads(
-        positive_sampler="instance_balanced", proposal_append_gt=False, batch_size_per_image=64
+        positive_sampler=sample_instance_balanced, proposal_append_gt=False, batch_size_per_image=64
     )
     (sampled,), _ = sample(roi_heads, [proposals], [targets])
     assert sorted(sampled.gt_classes.tolist()) == [0] * 8 + [2] * 8
@@ -185,9 +192,8 @@ def test_random_samplers_draw_as_detectron2(fields):
     targets = ground_truth()
     for name, value in fields.items():
         targets.set(name, value)
-    off = {"negative_sampler": "random", "positive_sampler": "random"}
     results = []
-    for roi_heads in (heads(ROIHeads), heads(**off)):
+    for roi_heads in (heads(ROIHeads), heads(negative_sampler=sample_random)):
         torch.manual_seed(3)
         proposals = [shifted_proposals(), shifted_proposals(20)]
         results.append(sample(roi_heads, proposals, [targets, targets]))
@@ -205,8 +211,8 @@ def test_random_samplers_draw_as_detectron2(fields):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"negative_sampler": "iou"}, "NEGATIVE_SAMPLER"),
-        ({"positive_sampler": "class_balanced"}, "POSITIVE_SAMPLER"),
+        ({"negative_sampler": "iou_balanced"}, "'iou_balanced' is no sampler.*IoUBalancedSampler"),
+        ({"positive_sampler": "class_balanced"}, "'class_balanced' is no sampler"),
         ({"num_bins": 0}, "NUM_BINS"),
     ],
 )
@@ -231,8 +237,7 @@ def predictor(cls=BalancedFastRCNNOutputLayers, **arguments):
 def test_box_loss_equals_plain_loops(class_agnostic):
     alpha, gamma, beta = 0.4, 1.2, 0.8
     layers = predictor(
-        box_reg_loss_type="balanced_l1",
-        balanced_l1=(alpha, gamma, beta),
+        box_reg_loss=BalancedL1(alpha, gamma, beta),
         cls_agnostic_bbox_reg=class_agnostic,
     )
     classes = torch.tensor([0, 3, 2, -1, 1, 3, 3])
@@ -270,7 +275,7 @@ def test_box_loss_without_foreground(num_proposals):
     deltas = torch.randn(num_proposals, 12, requires_grad=True)
     boxes = torch.tensor([[0.0, 0, 10, 10]] * num_proposals).reshape(-1, 4)
     background = torch.full((num_proposals,), 3)
-    layers = predictor(box_reg_loss_type="balanced_l1")
+    layers = predictor(box_reg_loss=BalancedL1())
     loss = layers.box_reg_loss(boxes, boxes, deltas, background)
     loss.backward()
     assert loss.item() == 0 and not deltas.grad.any()
@@ -295,5 +300,5 @@ def test_built_from_config():
     shapes = {f"p{k}": ShapeSpec(channels=64, stride=2**k) for k in range(2, 7)}
     roi_heads = ROI_HEADS_REGISTRY.get("BalancedROIHeads")(cfg, shapes)
     assert roi_heads.num_bins == 5 and roi_heads.iou_range == (0.0, 0.5)
-    assert roi_heads.box_predictor.balanced_l1 == (0.5, 1.0, 1.0)
-    assert roi_heads.box_predictor.box_reg_loss_type == "balanced_l1"
+    loss = roi_heads.box_predictor.regression_loss
+    assert (loss.alpha, loss.gamma, loss.beta) == (0.5, 1.0, 1.0)

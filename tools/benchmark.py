@@ -324,7 +324,9 @@ def measure_parts(bench: Bench, scale: float) -> None:
     channels = 256
     features = pyramid(2, channels, height, width, bench.device)
     explicit = ExplicitBalancer(channels).to(bench.device)
-    balancers = {name: FeatureBalancer(channels, 2, name).to(bench.device) for name in REFINEMENTS}
+    balancers = {
+        name: FeatureBalancer(channels, 2, name).to(bench.device) for name in REFINEMENTS.names()
+    }
 
     @torch.no_grad()
     def forward(balancer, **arguments):

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.errors import UserError
-from balanced_d2.modeling.roi_heads import NEGATIVE_SAMPLERS, BalancedSamplingMixin
+from balanced_d2.modeling.roi_heads import BalancedSamplingMixin
+from balanced_d2.modeling.sampling import NEGATIVE_SAMPLERS
 from balanced_d2.randomness import seed_all
 
 HARD_IOU = 0.05
@@ -67,7 +68,7 @@ def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) 
         model: that of ``cfg``, see :func:`check_samples_proposals`, with the weights of interest.
         num_iterations: how many batches of images.
     """
-    samplers = {name: _sampler(cfg, name) for name in NEGATIVE_SAMPLERS}
+    samplers = {name: _sampler(cfg, name) for name in NEGATIVE_SAMPLERS.names()}
     everything = _sampler(cfg, "random")
     everything.batch_size_per_image = int(1e9)
     ious: Dict[str, List[np.ndarray]] = {name: [] for name in (*samplers, "available")}

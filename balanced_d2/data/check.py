@@ -248,15 +248,15 @@ def check_crop(cfg: CfgNode) -> None:
 
 
 def check_samplers(cfg: CfgNode) -> None:
-    """Warn of samplers that are set for ROI heads which do not know them.
-
-    ``NEGATIVE_SAMPLER`` is not looked at: its default asks for balance, so whether it is set cannot
-    be seen.
-    """
+    """Warn of samplers that are set for ROI heads which do not know them."""
     heads = cfg.MODEL.ROI_HEADS
     keys = [
         f"MODEL.ROI_HEADS.{key}"
-        for key, default in (("POSITIVE_SAMPLER", "random"), ("NUM_BINS", 3))
+        for key, default in (
+            ("NEGATIVE_SAMPLER", "random"),
+            ("POSITIVE_SAMPLER", "random"),
+            ("NUM_BINS", 3),
+        )
         if heads[key] != default
     ]
     if keys and ROI_HEADS_REGISTRY.get(heads.NAME).__module__.startswith("detectron2."):

@@ -43,7 +43,7 @@ class BalancedFPN(FPN):
         *,
         top_block: Optional[nn.Module] = None,
         refine_level: int = 2,
-        refine_type: str = "non_local",
+        refine_type: str | nn.Module = "non_local",
         **fpn_args,
     ):
         super().__init__(bottom_up, in_features, out_channels, top_block=top_block, **fpn_args)

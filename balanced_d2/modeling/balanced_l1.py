@@ -1,11 +1,12 @@
 """Balanced L1 loss (Libra R-CNN, section 3.3)."""
 
 import math
-from typing import Tuple
+from typing import Any, Dict
 
 import torch
 
 from balanced_d2.errors import UserError
+from balanced_d2.modeling.box_losses import BOX_REG_LOSSES
 
 
 def balanced_l1_loss(
@@ -71,6 +72,25 @@ def inlier_steepness(alpha: float, gamma: float, beta: float) -> float:
     return math.expm1(gamma / alpha)
 
 
-def balanced_l1_from_config(node) -> Tuple[float, float, float]:
-    """(alpha, gamma, beta) from the node of a config that holds ``BALANCED_L1_ALPHA`` and so on."""
-    return node.BALANCED_L1_ALPHA, node.BALANCED_L1_GAMMA, node.BALANCED_L1_BETA
+@BOX_REG_LOSSES.register(name="balanced_l1")
+class BalancedL1:
+    """:func:`balanced_l1_loss` with its parameters, as a regression loss of boxes.
+
+    Args:
+        alpha, gamma, beta: as for :func:`balanced_l1_loss`, with its errors.
+    """
+
+    def __init__(self, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0):
+        inlier_steepness(alpha, gamma, beta)  # refuse wrong values now, not at the first iteration
+        self.alpha, self.gamma, self.beta = alpha, gamma, beta
+
+    @classmethod
+    def from_config(cls, node: Any) -> Dict[str, float]:
+        return {
+            "alpha": node.BALANCED_L1_ALPHA,
+            "gamma": node.BALANCED_L1_GAMMA,
+            "beta": node.BALANCED_L1_BETA,
+        }
+
+    def __call__(self, deltas: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return balanced_l1_loss(deltas, targets, self.alpha, self.gamma, self.beta)

@@ -1,40 +1,33 @@
-"""Box predictor of Fast R-CNN heads with Balanced L1 among its regression losses."""
+"""Box predictor of Fast R-CNN heads with any registered regression loss."""
 
-from typing import Tuple
+from typing import Optional
 
 from detectron2.config import configurable
 from detectron2.layers import nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 
-from balanced_d2.modeling.balanced_l1 import (
-    balanced_l1_from_config,
-    balanced_l1_loss,
-    inlier_steepness,
-)
+from balanced_d2.modeling.box_losses import BoxRegLoss, build_box_reg_loss
 
 
 class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
-    """Detectron2's predictor, to which ``box_reg_loss_type="balanced_l1"`` is added.
+    """Detectron2's predictor, which takes a regression loss from outside.
 
     Args:
         input_shape, **kwargs: as for Detectron2's ``FastRCNNOutputLayers``.
-        balanced_l1: (alpha, gamma, beta) of :func:`balanced_l1_loss`.
+        box_reg_loss: the loss of box deltas, such as :class:`BalancedL1`; None: Detectron2's own,
+            by its ``box_reg_loss_type``.
     """
 
     @configurable
-    def __init__(
-        self, input_shape, *, balanced_l1: Tuple[float, float, float] = (0.5, 1.5, 1.0), **kwargs
-    ):
+    def __init__(self, input_shape, *, box_reg_loss: Optional[BoxRegLoss] = None, **kwargs):
         super().__init__(input_shape, **kwargs)
-        inlier_steepness(*balanced_l1)  # refuse wrong values now, not at the first iteration
-        alpha, gamma, beta = balanced_l1
-        self.balanced_l1 = (alpha, gamma, beta)
+        self.regression_loss = box_reg_loss
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         return {
             **super().from_config(cfg, input_shape),
-            "balanced_l1": balanced_l1_from_config(cfg.MODEL.ROI_BOX_HEAD),
+            "box_reg_loss": build_box_reg_loss(cfg.MODEL.ROI_BOX_HEAD),
         }
 
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
@@ -47,7 +40,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         Returns:
             Scalar: the loss summed over the foreground proposals, divided by R.
         """
-        if self.box_reg_loss_type != "balanced_l1":
+        if self.regression_loss is None:
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
         foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
         box_dim = proposal_boxes.shape[1]
@@ -56,5 +49,5 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         if deltas.shape[1] > 1:
             deltas = deltas.gather(1, gt_classes[foreground].view(-1, 1, 1).expand(-1, 1, box_dim))
         target = self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground])
-        loss = balanced_l1_loss(deltas.squeeze(1), target, *self.balanced_l1, reduction="sum")
+        loss = self.regression_loss(deltas.squeeze(1), target).sum()
         return loss / max(gt_classes.numel(), 1)

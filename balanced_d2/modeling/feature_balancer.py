@@ -2,33 +2,35 @@
 
 from collections import OrderedDict
 from functools import partial
-from typing import Callable, Dict, List
+from typing import List
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from torch import nn
 
-from balanced_d2.errors import UserError, check_choice
+from balanced_d2.errors import UserError
 from balanced_d2.modeling.non_local import NonLocal2d
 from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
+from balanced_d2.registry import Registry
+
+# Modules, or functions that make them, from the number of channels: (N, C, H, W) to the same shape.
+REFINEMENTS = Registry("REFINEMENTS", "MODEL.BALANCED_FPN.REFINE_TYPE")
 
 
+@REFINEMENTS.register(name="none")
 def _build_none(channels: int) -> nn.Module:
     return nn.Identity()
 
 
+@REFINEMENTS.register(name="conv")
 def _build_conv(channels: int) -> nn.Module:
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     weight_init.c2_xavier_fill(conv)
     return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU()))
 
 
-REFINEMENTS: Dict[str, Callable[[int], nn.Module]] = {
-    "none": _build_none,
-    "conv": _build_conv,
-    "non_local": NonLocal2d,
-    "non_local_pooled": partial(NonLocal2d, pool_keys=True),
-}
+REFINEMENTS.register(NonLocal2d, name="non_local")
+REFINEMENTS.register(partial(NonLocal2d, pool_keys=True), name="non_local_pooled")
 
 
 class FeatureBalancer(nn.Module):
@@ -43,23 +45,31 @@ class FeatureBalancer(nn.Module):
         refine_level: index of the level, counted from the finest, whose resolution the mean has
             (2 for P2-P6 and 1 for P3-P7: stride 16 in both).
         refine_type: what refines the mean: ``"none"``, ``"conv"`` (3x3 convolution and ReLU),
-            ``"non_local"`` (:class:`NonLocal2d`, the paper's) or ``"non_local_pooled"`` (the same
-            with pooled keys, cheaper).
+            ``"non_local"`` (:class:`NonLocal2d`, the paper's), ``"non_local_pooled"`` (the same
+            with pooled keys, cheaper) or another entry of ``REFINEMENTS``; or a module.
 
     Raises:
         UserError: on an unknown ``refine_type`` or a negative ``refine_level``.
     """
 
-    def __init__(self, in_channels: int, refine_level: int = 2, refine_type: str = "non_local"):
+    def __init__(
+        self,
+        in_channels: int,
+        refine_level: int = 2,
+        refine_type: str | nn.Module = "non_local",
+    ):
         super().__init__()
-        check_choice("refine_type (MODEL.BALANCED_FPN.REFINE_TYPE)", refine_type, REFINEMENTS)
         if refine_level < 0:
             raise UserError(
                 f"refine_level (MODEL.BALANCED_FPN.REFINE_LEVEL) is {refine_level}; it counts the "
                 "pyramid's levels from 0, the finest"
             )
         self.refine_level = refine_level
-        self.refine = REFINEMENTS[refine_type](in_channels)
+        if isinstance(refine_type, str):
+            REFINEMENTS.check(refine_type)
+            self.refine = REFINEMENTS.get(refine_type)(in_channels)
+        else:
+            self.refine = refine_type
 
     def check_levels(self, num_levels: int) -> None:
         """Raise :class:`UserError` if a pyramid of ``num_levels`` has no level to refine at."""

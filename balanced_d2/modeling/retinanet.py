@@ -1,6 +1,6 @@
-"""RetinaNet with Balanced L1 among its regression losses."""
+"""RetinaNet with any registered regression loss."""
 
-from typing import Tuple
+from typing import Optional
 
 import torch
 from detectron2.config import configurable
@@ -8,20 +8,16 @@ from detectron2.layers import cat
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, Instances
 
-from balanced_d2.modeling.balanced_l1 import (
-    balanced_l1_from_config,
-    balanced_l1_loss,
-    inlier_steepness,
-)
+from balanced_d2.modeling.box_losses import BoxRegLoss, build_box_reg_loss
 
 
 @META_ARCH_REGISTRY.register()
 class BalancedRetinaNet(RetinaNet):
-    """Detectron2's RetinaNet, to which ``box_reg_loss_type="balanced_l1"`` is added.
+    """Detectron2's RetinaNet, which takes a regression loss from outside.
 
     Args:
-        box_reg_loss_type: ``"balanced_l1"`` or one of Detectron2's.
-        balanced_l1: (alpha, gamma, beta) of :func:`balanced_l1_loss`.
+        box_reg_loss: the loss of box deltas, such as :class:`BalancedL1`; None: Detectron2's own,
+            by its ``box_reg_loss_type``.
         clip_before_nms: whether boxes are clipped to the image before non-maximum suppression, as
             MMDetection does, and not only after it.
         **kwargs: as for Detectron2's ``RetinaNet``.
@@ -31,25 +27,23 @@ class BalancedRetinaNet(RetinaNet):
     def __init__(
         self,
         *,
-        box_reg_loss_type: str = "smooth_l1",
-        balanced_l1: Tuple[float, float, float] = (0.5, 1.5, 0.11),
+        box_reg_loss: Optional[BoxRegLoss] = None,
         clip_before_nms: bool = False,
         **kwargs,
     ):
-        is_balanced = box_reg_loss_type == "balanced_l1"
-        super().__init__(
-            box_reg_loss_type="smooth_l1" if is_balanced else box_reg_loss_type, **kwargs
-        )
-        inlier_steepness(*balanced_l1)  # refuse wrong values now, not at the first iteration
-        alpha, gamma, beta = balanced_l1
-        self.balanced_l1 = (alpha, gamma, beta) if is_balanced else None
+        super().__init__(**kwargs)
+        self.regression_loss = box_reg_loss
         self.clip_before_nms = clip_before_nms
 
     @classmethod
     def from_config(cls, cfg):
+        loss = build_box_reg_loss(cfg.MODEL.RETINANET)
+        arguments = super().from_config(cfg)
+        if loss is not None:  # whose name Detectron2 does not know
+            arguments["box_reg_loss_type"] = "smooth_l1"
         return {
-            **super().from_config(cfg),
-            "balanced_l1": balanced_l1_from_config(cfg.MODEL.RETINANET),
+            **arguments,
+            "box_reg_loss": loss,
             "clip_before_nms": cfg.MODEL.RETINANET.CLIP_BEFORE_NMS,
         }
 
@@ -66,7 +60,7 @@ class BalancedRetinaNet(RetinaNet):
             number of foreground anchors.
         """
         losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-        if self.balanced_l1 is None:
+        if self.regression_loss is None:
             return losses
         # Detectron2 has the loss in a function that cannot be extended: its own, of the values that
         # are there anyway, is replaced.
@@ -75,7 +69,7 @@ class BalancedRetinaNet(RetinaNet):
         anchor_boxes = Boxes.cat(anchors).tensor.expand(*labels.shape, 4)[foreground]
         target = self.box2box_transform.get_deltas(anchor_boxes, torch.stack(gt_boxes)[foreground])
         deltas = cat(pred_anchor_deltas, dim=1)[foreground]
-        loss = balanced_l1_loss(deltas, target, *self.balanced_l1, reduction="sum")
+        loss = self.regression_loss(deltas, target).sum()
         return {**losses, "loss_box_reg": loss / self.loss_normalizer}
 
     def _decode_per_level_predictions(self, *args, **kwargs) -> Instances:

@@ -1,6 +1,5 @@
-"""ROI heads that sample their proposals in a balanced way and can use Balanced L1."""
+"""ROI heads that sample their proposals, and regress their boxes, in a balanced way."""
 
-from functools import partial
 from typing import TYPE_CHECKING, List, Tuple
 
 import torch
@@ -12,22 +11,21 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, S
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 
-from balanced_d2.errors import check_choice
+from balanced_d2.errors import UserError
+from balanced_d2.modeling.box_losses import build_box_reg_loss
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.modeling.sampling import (
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    Sampler,
     check_bins,
     iou_bins,
     members,
-    sample_evenly,
-    sample_instance_balanced,
     sample_random,
 )
 
-NEGATIVE_SAMPLERS = ("random", "iou_balanced")
-POSITIVE_SAMPLERS = {"random": sample_random, "instance_balanced": sample_instance_balanced}
 # On a GPU, every how many iterations the counts are logged: as often as Detectron2 writes its log.
 COUNT_PERIOD = 20
-BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
 
 
 # What the mixins use is the other base class's. Only type checkers see it as theirs: TorchScript
@@ -42,54 +40,52 @@ class BalancedSamplingMixin(_Mixin):
     """Balanced sampling of proposals, for any class derived from Detectron2's ``ROIHeads``.
 
     Args:
-        negative_sampler: ``"random"`` or ``"iou_balanced"`` (:func:`sample_iou_balanced`, over
-            the IoU that the proposal matcher calls negative).
-        positive_sampler: ``"random"`` or ``"instance_balanced"``
-            (:func:`sample_instance_balanced`).
-        num_bins: number of IoU bins, for sampling and for the logged counts.
+        negative_sampler: what chooses negatives by their IoU, such as :class:`IoUBalancedSampler`;
+            in configs an entry of ``NEGATIVE_SAMPLERS``.
+        positive_sampler: what chooses positives by their ground-truth instance, such as
+            :func:`sample_instance_balanced`; in configs an entry of ``POSITIVE_SAMPLERS``.
+        num_bins: number of IoU bins of the logged counts.
         **kwargs: for the class that this one is mixed into.
 
     Raises:
-        UserError: on an unknown sampler or ``num_bins`` below 1.
+        UserError: on a sampler that is none, or ``num_bins`` below 1.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        negative_sampler: str = "iou_balanced",
-        positive_sampler: str = "random",
+        negative_sampler: Sampler = sample_random,
+        positive_sampler: Sampler = sample_random,
         num_bins: int = 3,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_choice(
-            "negative_sampler (MODEL.ROI_HEADS.NEGATIVE_SAMPLER)",
-            negative_sampler,
-            NEGATIVE_SAMPLERS,
-        )
-        check_choice(
-            "positive_sampler (MODEL.ROI_HEADS.POSITIVE_SAMPLER)",
-            positive_sampler,
-            POSITIVE_SAMPLERS,
-        )
+        for sampler in (negative_sampler, positive_sampler):
+            if not callable(sampler):
+                raise UserError(
+                    f"{sampler!r} is no sampler but perhaps the name of one: give the sampler "
+                    "itself, such as IoUBalancedSampler() or sample_random"
+                )
         self.num_bins = num_bins
         self.iou_range = negative_iou_range(self.proposal_matcher)
         check_bins(num_bins, self.iou_range)
-        self._sample_negatives = (
-            partial(sample_evenly, num_groups=num_bins)
-            if negative_sampler == "iou_balanced"
-            else sample_random
-        )
-        self._sample_positives = POSITIVE_SAMPLERS[positive_sampler]
+        self._sample_negatives = negative_sampler
+        self._sample_positives = positive_sampler
 
     @classmethod
     def from_config(cls, cfg, *args, **kwargs):
+        arguments = super().from_config(cfg, *args, **kwargs)
+        node = cfg.MODEL.ROI_HEADS
+        matchers = arguments.get("proposal_matchers") or [arguments["proposal_matcher"]]
+        iou_range = negative_iou_range(matchers[0])  # of a cascade's stages, the one that samples
         return {
-            **super().from_config(cfg, *args, **kwargs),
-            "negative_sampler": cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER,
-            "positive_sampler": cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER,
-            "num_bins": cfg.MODEL.ROI_HEADS.NUM_BINS,
+            **arguments,
+            "negative_sampler": NEGATIVE_SAMPLERS.build(
+                node.NEGATIVE_SAMPLER, node, iou_range=iou_range
+            ),
+            "positive_sampler": POSITIVE_SAMPLERS.build(node.POSITIVE_SAMPLER, node),
+            "num_bins": node.NUM_BINS,
         }
 
     @torch.no_grad()
@@ -115,13 +111,13 @@ class BalancedSamplingMixin(_Mixin):
             ious, matched, labels = self._match(image_proposals, image_targets)
             (fg,) = nonzero_tuple(labels == 1)
             (bg,) = nonzero_tuple(labels == 0)
-            bins = iou_bins(ious[bg], self.num_bins, self.iou_range)
+            bg_ious = ious[bg]
 
             max_fg = int(self.batch_size_per_image * self.positive_fraction)
             chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
             num_negatives = self.batch_size_per_image - len(chosen_fg)
-            chosen_bg = self._sample_negatives(bins, num_samples=num_negatives)
-            in_bin = members(bins, self.num_bins)
+            chosen_bg = self._sample_negatives(bg_ious, num_negatives)
+            in_bin = members(iou_bins(bg_ious, self.num_bins, self.iou_range), self.num_bins)
             bin_counts += [in_bin[:, chosen_bg].sum(dim=1), in_bin.sum(dim=1)]
             num_fg += len(chosen_fg)
             num_bg += len(chosen_bg)
@@ -179,14 +175,12 @@ def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:
 
 
 class BalancedBoxLossMixin(_Mixin):
-    """Balanced L1 (by config) for the box predictor, or predictors, of a ``StandardROIHeads``."""
+    """Any registered loss (by config) for the box predictors of a ``StandardROIHeads``."""
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
-        loss_type = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
-        check_choice("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss_type, BOX_REG_LOSSES)
         ret = super()._init_box_head(cfg, input_shape)
-        if loss_type != "balanced_l1":
+        if build_box_reg_loss(cfg.MODEL.ROI_BOX_HEAD) is None:  # Detectron2's own
             return ret
         if "box_predictor" in ret:
             ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)

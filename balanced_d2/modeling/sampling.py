@@ -5,14 +5,25 @@ number at random from each. What short groups cannot give is drawn at random fro
 not yet taken. Within a group every candidate is equally likely.
 """
 
-from typing import Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 import torch
 
 from balanced_d2.errors import UserError
+from balanced_d2.registry import Registry
+
+Sampler = Callable[[torch.Tensor, int], torch.Tensor]
+"""What each of M candidates has, (M,), and the number wanted, to the indices of those sampled."""
+
+# Of negatives: they are given the largest IoU of each candidate with any ground-truth box.
+NEGATIVE_SAMPLERS = Registry("NEGATIVE_SAMPLERS", "MODEL.ROI_HEADS.NEGATIVE_SAMPLER")
+# Of positives: they are given the index of the ground-truth instance of each candidate.
+POSITIVE_SAMPLERS = Registry("POSITIVE_SAMPLERS", "MODEL.ROI_HEADS.POSITIVE_SAMPLER")
 
 
+@NEGATIVE_SAMPLERS.register(name="random")
+@POSITIVE_SAMPLERS.register(name="random")
 def sample_random(candidates: torch.Tensor, num_samples: int) -> torch.Tensor:
     """Indices of ``num_samples`` of the candidates, or of all if they are fewer.
 
@@ -77,6 +88,32 @@ def sample_iou_balanced(
     return sample_evenly(iou_bins(ious, num_bins, iou_range), num_bins, num_samples)
 
 
+@NEGATIVE_SAMPLERS.register(name="iou_balanced")
+class IoUBalancedSampler:
+    """:func:`sample_iou_balanced` with its parameters, for negatives.
+
+    Args:
+        num_bins, iou_range: as for :func:`sample_iou_balanced`, with its errors.
+    """
+
+    def __init__(self, num_bins: int = 3, iou_range: Tuple[float, float] = (0.0, 0.5)):
+        check_bins(num_bins, iou_range)
+        self.num_bins, self.iou_range = num_bins, iou_range
+
+    @classmethod
+    def from_config(cls, node: Any, iou_range: Tuple[float, float]) -> Dict[str, Any]:
+        """
+        Args:
+            node: ``MODEL.ROI_HEADS``.
+            iou_range: the IoU that the proposal matcher calls negative.
+        """
+        return {"num_bins": node.NUM_BINS, "iou_range": iou_range}
+
+    def __call__(self, ious: torch.Tensor, num_samples: int) -> torch.Tensor:
+        return sample_iou_balanced(ious, num_samples, self.num_bins, self.iou_range)
+
+
+@POSITIVE_SAMPLERS.register(name="instance_balanced")
 def sample_instance_balanced(gt_indices: torch.Tensor, num_samples: int) -> torch.Tensor:
     """Sample positives evenly over the ground-truth instances that they belong to.
 

@@ -10,7 +10,13 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
-from balanced_d2.modeling import BalancedFastRCNNOutputLayers, BalancedFPN, BalancedROIHeads
+from balanced_d2.modeling import (
+    BalancedFastRCNNOutputLayers,
+    BalancedFPN,
+    BalancedL1,
+    BalancedROIHeads,
+    IoUBalancedSampler,
+)
 
 from ..common.coco import dataloader
 from ..common.resnet import bottom_up, pixels
@@ -50,9 +56,8 @@ model = L(GeneralizedRCNN)(
         num_classes=80,
         batch_size_per_image=512,
         positive_fraction=0.25,
-        negative_sampler="iou_balanced",
-        positive_sampler="random",
-        num_bins=3,
+        negative_sampler=L(IoUBalancedSampler)(num_bins=3, iou_range=[0.0, 0.5]),
+        num_bins="${.negative_sampler.num_bins}",
         proposal_matcher=L(Matcher)(
             thresholds=[0.5], labels=[0, 1], allow_low_quality_matches=False
         ),
@@ -73,8 +78,7 @@ model = L(GeneralizedRCNN)(
             box2box_transform=L(Box2BoxTransform)(weights=[10, 10, 5, 5]),
             num_classes="${..num_classes}",
             test_score_thresh=0.05,
-            box_reg_loss_type="balanced_l1",
-            balanced_l1=[0.5, 1.5, 1.0],
+            box_reg_loss=L(BalancedL1)(alpha=0.5, gamma=1.5, beta=1.0),
         ),
     ),
     **pixels,

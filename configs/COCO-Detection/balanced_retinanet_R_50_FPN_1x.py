@@ -6,7 +6,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-from balanced_d2.modeling import P6P7, BalancedFPN, BalancedRetinaNet
+from balanced_d2.modeling import P6P7, BalancedFPN, BalancedL1, BalancedRetinaNet
 
 from ..common.coco import dataloader
 from ..common.resnet import bottom_up, pixels
@@ -43,7 +43,6 @@ model = L(BalancedRetinaNet)(
         thresholds=[0.4, 0.5], labels=[0, -1, 1], allow_low_quality_matches=True
     ),
     num_classes=80,
-    box_reg_loss_type="balanced_l1",
-    balanced_l1=[0.5, 1.5, 0.11],
+    box_reg_loss=L(BalancedL1)(alpha=0.5, gamma=1.5, beta=0.11),
     **pixels,
 )

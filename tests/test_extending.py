@@ -1,0 +1,132 @@
+"""What CONTRIBUTING.md says of new samplers, losses and refinements, done from outside."""
+
+import re
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from balanced_d2 import load_config
+from balanced_d2.errors import UserError
+from balanced_d2.modeling import BOX_REG_LOSSES, NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS, REFINEMENTS
+from balanced_d2.registry import Registry
+
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
+
+
+def recipes():
+    """The pieces of Python in CONTRIBUTING.md: sampler, loss, refinement, program."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+WITNESS = """
+import pathlib
+
+def witness(name):
+    entry, used = globals()[name], pathlib.Path(__file__).with_name(f"{name}.used")
+
+    def call(*arguments):
+        used.touch()
+        return entry(*arguments)
+
+    return call
+
+NEGATIVE_SAMPLERS.register(witness("hardest_first"), name="hardest_first_seen")
+BOX_REG_LOSSES.register(witness("squared"), name="squared_seen")
+REFINEMENTS.register(witness("Depthwise"), name="depthwise_seen")
+"""
+
+
+@pytest.mark.parametrize("suffix", ["", "_seen"])
+def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
+    *entries, program = recipes()
+    (tmp_path / "my_balances.py").write_text("".join(entries) + WITNESS)
+    (tmp_path / "my_train_net.py").write_text(program)
+    names = {"hardest_first": f"hardest_first{suffix}", "squared": f"squared{suffix}"}
+    names["Depthwise"] = "depthwise_seen" if suffix else "Depthwise"
+    result = run_program(
+        *(tmp_path / "my_train_net.py", "--config-file", TINY_CONFIG),
+        *("--register", "mine", tiny_coco, tiny_coco.parent / "images"),
+        *(*TINY_MODEL, "OUTPUT_DIR", tmp_path / "output"),
+        *("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"),
+        *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", names["hardest_first"]),
+        *("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", names["squared"]),
+        *("MODEL.BALANCED_FPN.REFINE_TYPE", names["Depthwise"]),
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    used = {path.stem for path in tmp_path.glob("*.used")}
+    assert used == (set(names) if suffix else set())
+    # The hardest are taken first: none is left over in the last bin while the first gives any.
+    last = logged(tmp_path / "output")[-1]
+    if last["roi_head/num_neg_bin0"] > 0:
+        bin2 = (last[f"roi_head/num_neg_bin2{end}"] for end in ("", "_available"))
+        assert len(set(bin2)) == 1
+    weights = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)["model"]
+    assert weights["backbone.balancer.refine.weight"].shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    "key, registry",
+    [
+        ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", NEGATIVE_SAMPLERS),
+        ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", POSITIVE_SAMPLERS),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", BOX_REG_LOSSES),
+        ("MODEL.BALANCED_FPN.REFINE_TYPE", REFINEMENTS),
+    ],
+)
+def test_an_unknown_name_is_refused_with_those_that_there_are(key, registry):
+    cfg = load_config(str(ROOT / TINY_CONFIG), [*TINY_MODEL, key, "hardest_furst"])
+    cfg.MODEL.DEVICE = "meta"
+    with pytest.raises(UserError) as error:
+        build_model(cfg)
+    assert "'hardest_furst'" in str(error.value) and key.rsplit(".")[-1] in str(error.value)
+    for name in registry.names():
+        assert name in str(error.value)
+
+
+def test_one_loss_for_retinanet_and_cascade(monkeypatch):
+    registered = dict(BOX_REG_LOSSES)
+    try:
+        loss = BOX_REG_LOSSES.register(lambda deltas, targets: deltas - targets, name="difference")
+        for config, key in (
+            ("COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml", "RETINANET"),
+            ("Misc/balanced_cascade_rcnn_R_50_FPN_1x.yaml", "ROI_BOX_HEAD"),
+        ):
+            options = [f"MODEL.{key}.BBOX_REG_LOSS_TYPE", "difference", "MODEL.DEVICE", "meta"]
+            cfg = load_config(str(ROOT / "configs" / config), options)
+            with torch.device("meta"):
+                model = build_model(cfg)
+            parts = [model] if key == "RETINANET" else list(model.roi_heads.box_predictor)
+            assert len(parts) == (1 if key == "RETINANET" else 3)
+            assert all(part.regression_loss is loss for part in parts)
+    finally:
+        BOX_REG_LOSSES._obj_map = registered
+
+
+def test_registry():
+    registry = Registry("THINGS", "MODEL.THING", others=["theirs"])
+
+    @registry.register()
+    def function(x):
+        return x
+
+    @registry.register(name="with_parameters")
+    class Thing:
+        def __init__(self, size, known):
+            self.size, self.known = size, known
+
+        @classmethod
+        def from_config(cls, node, known):
+            return {"size": node["SIZE"], "known": known}
+
+    assert registry.names() == ["function", "with_parameters"]
+    assert registry.build("function", None) is function
+    thing = registry.build("with_parameters", {"SIZE": 3}, known=7)
+    assert (thing.size, thing.known) == (3, 7)
+    registry.check("theirs")
+    with pytest.raises(UserError, match="MODEL.THING: .*'thing'.*theirs, function, with_para"):
+        registry.check("thing")
+    with pytest.raises(AssertionError, match="already registered"):
+        registry.register(function)
