@@ -1,6 +1,7 @@
 """Whole models: every config builds, and with all balances off they are Detectron2's own."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -16,7 +17,13 @@ from torch import nn
 
 from balanced_d2 import add_balanced_config, load_config
 from balanced_d2.errors import UserError
-from balanced_d2.modeling import P6P7, BalancedFPN, BalancedL1, BalancedRetinaNet
+from balanced_d2.modeling import (
+    P6P7,
+    BalancedFPN,
+    BalancedL1,
+    BalancedRetinaNet,
+    IoUBalancedSampler,
+)
 
 from .conftest import ROOT
 
@@ -277,3 +284,13 @@ def test_unknown_box_loss():
 def test_names_that_do_not_fit(opts, message):
     with pytest.raises(UserError, match=message):
         config(R_18.format("balanced_"), *opts)
+
+
+def test_a_config_that_0_1_0_wrote_means_what_it_meant():
+    """All keys are in it, also those whose defaults have changed since."""
+    old = load_config(str(ROOT / "tests" / "data" / "config_0.1.0.yaml"), ["MODEL.DEVICE", "meta"])
+    new = config(R_18.format("balanced_"), "MODEL.DEVICE", "meta")
+    assert json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+    with torch.device("meta"):
+        heads = build_model(old).roi_heads
+    assert isinstance(heads._sample_negatives, IoUBalancedSampler)
