@@ -11,7 +11,7 @@ from detectron2.structures import BoxMode
 
 from balanced_d2 import load_config
 from balanced_d2.data import check_datasets, register_coco
-from balanced_d2.data.check import check_samplers, check_solver
+from balanced_d2.data.check import check_samplers, drop_late_steps
 from balanced_d2.data.clean import clean
 from balanced_d2.errors import UserError
 
@@ -429,18 +429,13 @@ OPTIONS = {
     "no data set": (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
     "unregistered": (["DATASETS.TRAIN", "('nowhere',)"], "'nowhere' is not registered"),
     "unregistered test": (["DATASETS.TEST", "('nowhere',)"], "'nowhere' is not registered"),
-    "step at the end": (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(3, 9)"], "to fall at 9, but"),
-    "steps beyond the end": (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(10, 20)"], "at 10, 20, "),
-    "default steps": (["SOLVER.MAX_ITER", "2"], "to fall at 30000, but training ends at SOLVER.MA"),
 }
 
 
 @pytest.mark.parametrize("opts, message", OPTIONS.values(), ids=OPTIONS.keys())
 def test_bad_options(opts, message):
     with pytest.raises(UserError) as error:
-        cfg = load_config("", ["DATASETS.TRAIN", "('balanced_shapes_train',)", *opts])
-        check_solver(cfg)
-        check_datasets(cfg)
+        check_datasets(load_config("", ["DATASETS.TRAIN", "('balanced_shapes_train',)", *opts]))
     assert message in str(error.value)
 
 
@@ -454,15 +449,24 @@ def test_string_instead_of_a_tuple(key):
 
 
 @pytest.mark.parametrize(
-    "opts",
+    "opts, steps, told",
     [
-        ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"],
-        ["SOLVER.MAX_ITER", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"],
-        ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(3, 8)"],
+        (["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"], (), None),
+        (["SOLVER.MAX_ITER", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], (30000,), None),
+        (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(3, 8)"], (3, 8), None),
+        (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(3, 9)"], (3,), ": 9 dropped"),
+        (["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "(10, 20)"], (), ": 10, 20 dropped"),
+        (["SOLVER.MAX_ITER", "2"], (), ": 30000 dropped"),
     ],
 )
-def test_schedules_that_are_right(opts):
-    check_solver(load_config("", opts))
+def test_steps_beyond_the_end_are_dropped(opts, steps, told, caplog):
+    cfg = load_config("", opts)
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        drop_late_steps(cfg)
+    assert steps == cfg.SOLVER.STEPS
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (told is not None)
+    assert told is None or (told in messages[0] and "SOLVER.MAX_ITER" in messages[0])
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,23 @@ def test_mistakes_are_told(make, parts, tiny_coco, tmp_path, train_net_here):
 def test_a_mistake_ends_the_program(tiny_coco, tmp_path):
     make, parts = MISTAKES["wrong number of classes"]
     assert_told(train_net(*make(tiny_coco, tmp_path)["arguments"]), *parts)
+
+
+def test_a_refused_run_leaves_the_config_that_was_there(tiny_coco, tmp_path, train_net_here):
+    options = ["--register", "kept", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
+    options += ["OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('kept',)", "DATASETS.TEST", "()"]
+    assert train_net_here(*options).returncode == 0
+    written = (tmp_path / "config.yaml").read_text()
+    assert_told(train_net_here(*options, "MODEL.ROI_HEADS.NUM_CLASSES", "7"), "NUM_CLASSES")
+    assert (tmp_path / "config.yaml").read_text() == written
+
+
+def test_resume_needs_no_weights_that_it_does_not_load(tiny_coco, tmp_path, train_net_here):
+    options = ["--register", "resumed", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
+    options += ["OUTPUT_DIR", tmp_path / "a", "DATASETS.TRAIN", "('resumed',)"]
+    options += ["DATASETS.TEST", "()"]
+    assert train_net_here(*options).returncode == 0
+    gone = ["MODEL.WEIGHTS", tmp_path / "gone.pth", "SOLVER.MAX_ITER", "3"]
+    assert train_net_here("--resume", *options, *gone).returncode == 0
+    elsewhere = [*options, *gone, "OUTPUT_DIR", tmp_path / "b"]
+    assert_told(train_net_here("--resume", *elsewhere), "there is no file", "gone.pth")

@@ -230,15 +230,20 @@ def check_sigmas(cfg: CfgNode) -> None:
         )
 
 
-def check_solver(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if the schedule of the learning rate has steps after its end."""
-    late = [step for step in cfg.SOLVER.STEPS if step >= cfg.SOLVER.MAX_ITER]
-    if late and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        raise UserError(
-            f"SOLVER.STEPS: the learning rate is to fall at {', '.join(map(str, late))}, but "
-            f"training ends at SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}; set SOLVER.STEPS to earlier "
-            'iterations, or to "()" for a rate that does not fall'
+def drop_late_steps(cfg: CfgNode) -> None:
+    """Remove steps of the learning rate that lie beyond the end of the training, with a warning.
+
+    A config that is tried for a few iterations has them. Detectron2 does the same, but fails at a
+    step on the last iteration.
+    """
+    solver = cfg.SOLVER
+    late = [step for step in solver.STEPS if step >= solver.MAX_ITER]
+    if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        logging.getLogger(__name__).warning(
+            f"SOLVER.STEPS: {', '.join(map(str, late))} dropped, since training ends at "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER}: the learning rate does not fall there"
         )
+        solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
 
 
 def check_crop(cfg: CfgNode) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from pathlib import Path
 from typing import Tuple, Type
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from balanced_d2.config import load_config
-from balanced_d2.data.check import check_crop, check_datasets, check_samplers, check_solver
+from balanced_d2.data.check import check_crop, check_datasets, check_samplers, drop_late_steps
 from balanced_d2.data.register import add_register_argument, register_from
 from balanced_d2.engine.lazy import lazy_trainer
 from balanced_d2.engine.trainer import BalancedTrainer
@@ -87,20 +88,24 @@ def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
             "nothing to evaluate: set MODEL.WEIGHTS (train.init_checkpoint in a .py config) to a "
             "checkpoint, or add --resume for the last one in OUTPUT_DIR"
         )
-    check_weights(cfg)
+    if not (args.resume and any(Path(cfg.OUTPUT_DIR).glob("*.pth"))):
+        check_weights(cfg)
     try:
+        # As default_setup does, which gets the same loggers.
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_d2")
     except OSError as error:
         raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
     use_available_device(cfg)
-    cfg.freeze()
-    default_setup(to_save, args)
     if not args.eval_only:
-        check_solver(cfg)
+        drop_late_steps(cfg)
+    cfg.freeze()
+    if not args.eval_only:
         check_crop(cfg)
         check_wandb(cfg)
     check_samplers(cfg)
     check_datasets(cfg, train=not args.eval_only, annotations=not args.skip_data_check)
+    default_setup(to_save, args)  # last, since it replaces the config.yaml that is there
     return trainer, cfg
 
 
