@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,19 @@ def tiny_coco(tmp_path_factory) -> Path:
     """The annotation file of a tiny data set; its images are in ``images/`` beside it."""
     return write_coco(tmp_path_factory.mktemp("tiny_coco") / "data")
 
+
+def has_localhost() -> bool:
+    """Whether this machine has an address for ``localhost``, which ``torchrun`` asks for.
+
+    One that debootstrap has just made may have none, for want of /etc/hosts.
+    """
+    try:
+        return bool(socket.getaddrinfo("localhost", None))
+    except OSError:
+        return False
+
+
+needs_localhost = pytest.mark.skipif(not has_localhost(), reason="localhost has no address here")
 
 DEMO_CONFIG = "configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml"
 

@@ -27,7 +27,15 @@ from balanced_d2.evaluation import build_evaluator
 from balanced_d2.randomness import seed_all, seeded
 from balanced_d2.unpickle import load_inert
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_told, logged, write_coco
+from .conftest import (
+    ROOT,
+    TINY_CONFIG,
+    TINY_MODEL,
+    assert_told,
+    logged,
+    needs_localhost,
+    write_coco,
+)
 
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "2"))
 
@@ -415,6 +423,7 @@ def losses(output):
     return [line for line in logged(output) if "total_loss" in line]
 
 
+@needs_localhost
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_coco, tmp_path):
     """With everything sampled that there is, the losses do not depend on chance."""
@@ -460,6 +469,7 @@ def children(parent):
     return sorted(found)
 
 
+@needs_localhost
 @pytest.mark.slow
 def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
     """A worker is killed; torchrun starts all anew, and they go on from the last checkpoint."""
@@ -478,6 +488,7 @@ def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 39
 
 
+@needs_localhost
 @pytest.mark.slow
 def test_wrong_number_of_processes(tiny_coco, tmp_path):
     command = arguments(tiny_coco, tmp_path, "SOLVER.IMS_PER_BATCH", "3")
