@@ -15,6 +15,8 @@ from balanced_d2.data import check_datasets, load_coco, register_coco
 from balanced_d2.data.shapes import CLASSES, HUES, SPLITS, ShapesConfig, draw_image, ensure_shapes
 from balanced_d2.errors import UserError
 
+from .conftest import run_program
+
 
 @pytest.fixture
 def name():
@@ -224,3 +226,17 @@ def test_shapes_in_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="set DETECTRON2_DATASETS to a folder"):
         ensure_shapes(str(tmp_path / "file" / "balanced_shapes"))
+
+
+def test_names_that_the_user_has_taken_stay_the_users():
+    program = (
+        "from detectron2.data import DatasetCatalog\n"
+        "DatasetCatalog.register('bccd_train', lambda: ['mine'])\n"
+        "import balanced_d2\n"
+        "assert DatasetCatalog.get('bccd_train') == ['mine']\n"
+        "assert {'bccd_val', 'balanced_shapes_train'} <= set(DatasetCatalog)\n"
+        "import importlib, balanced_d2.data.builtin\n"
+        "importlib.reload(balanced_d2.data.builtin)\n"
+    )
+    result = run_program("-W", "ignore", "-c", program)
+    assert result.returncode == 0, result.stderr

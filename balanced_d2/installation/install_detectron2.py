@@ -26,6 +26,7 @@ import importlib.util
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -326,6 +327,7 @@ def build_wheel(source: Path, folder: Path) -> Path:
 def install(wheel: Path) -> None:
     say(f"installing detectron2 {wheel_version()}")
     marker = leftover_marker()
+    marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
     # By its name, so that pip does not note down a path that is gone when this is over.
     result = pip("install", f"detectron2=={wheel_version()}", f"--find-links={wheel.parent}")
@@ -338,7 +340,10 @@ def install(wheel: Path) -> None:
 
 def leftover_marker() -> Path:
     """A file that is there while pip installs, and after that only if it did not get to its end."""
-    return Path(sysconfig.get_path("purelib")) / "install_detectron2_unfinished"
+    folder = sysconfig.get_path("purelib")
+    if not os.access(folder, os.W_OK):  # then pip takes the user's own
+        folder = site.getusersitepackages()
+    return Path(folder) / "install_detectron2_unfinished"
 
 
 def remove_leftovers() -> None:

@@ -155,14 +155,15 @@ def run_step(what: str, command: list[str]) -> None:
     try:
         for line in process.stderr:
             sys.stderr.write(line)
-            errors += [line.strip()] if line.strip() else []
+            if line.strip():
+                errors.append(line.strip())
         returncode = process.wait()
     except KeyboardInterrupt:
         process.wait()  # it has been interrupted, too
         raise
     if returncode:
         marked = [error for error in errors if re.match(r"ERROR:|\w+: error:", error)]
-        error = [f"exit code {returncode}", *errors[-1:], *marked[-1:]][-1].removeprefix("ERROR: ")
+        error = (marked or errors or [f"exit code {returncode}"])[-1].removeprefix("ERROR: ")
         if "No space left on device" in error:
             error += " (about 8 GB are needed)"
         raise InstallError(f"could not {what}: {error}; when that is settled, run this again")
