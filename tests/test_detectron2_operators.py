@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2 import model_zoo
-from detectron2.config import get_cfg
 from detectron2.layers import (
     DeformConv,
     ModulatedDeformConv,
@@ -361,6 +359,12 @@ def test_deform_conv_of_an_empty_batch_and_of_wrong_shapes():
 # --- Models ------------------------------------------------------------------------------------
 
 
+def zoo_config():
+    from detectron2 import model_zoo  # which main's cannot without pkg_resources
+
+    return model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+
+
 def train_and_detect(cfg, boxes):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
@@ -381,7 +385,7 @@ def train_and_detect(cfg, boxes):
 
 @pytest.mark.parametrize("modulated", [False, True])
 def test_training_with_deformable_convolution(modulated):
-    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg = zoo_config()
     cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, True, True, True]
     cfg.MODEL.RESNETS.DEFORM_MODULATED = modulated
     cfg.MODEL.RESNETS.DEFORM_NUM_GROUPS = 2
@@ -391,8 +395,7 @@ def test_training_with_deformable_convolution(modulated):
 
 
 def test_training_with_rotated_boxes():
-    cfg = get_cfg()
-    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
+    cfg = zoo_config()
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RRPN"
     cfg.MODEL.ANCHOR_GENERATOR.NAME = "RotatedAnchorGenerator"
     cfg.MODEL.ANCHOR_GENERATOR.ANGLES = [[-60, 0, 30]]

@@ -253,8 +253,8 @@ def test_a_refused_run_leaves_the_config_that_was_there(tiny_coco, tmp_path, tra
 
 
 def test_resume_needs_no_weights_that_it_does_not_load(tiny_coco, tmp_path, train_net_here):
-    options = ["--register", "resumed", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
-    options += ["OUTPUT_DIR", tmp_path / "a", "DATASETS.TRAIN", "('resumed',)"]
+    options = ["--register", "goes_on", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
+    options += ["OUTPUT_DIR", tmp_path / "a", "DATASETS.TRAIN", "('goes_on',)"]
     options += ["DATASETS.TEST", "()"]
     assert train_net_here(*options).returncode == 0
     gone = ["MODEL.WEIGHTS", tmp_path / "gone.pth", "SOLVER.MAX_ITER", "3"]

@@ -1,10 +1,12 @@
 """Checkpoints of the trainer, across versions of Detectron2."""
 
+import copy
 import logging
 import shutil
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.engine.train_loop import SimpleTrainer, TrainerBase
 
 from balanced_d2 import load_config
@@ -55,12 +57,13 @@ def test_checkpoint_without_optimizer_state(trainer, caplog):
 
 
 @pytest.mark.slow
-def test_resume_with_a_scheduler_of_pytorchs_is_exact(tiny_coco, tmp_path):
+def test_resume_with_a_scheduler_of_pytorchs_is_exact(tiny_coco, tmp_path, monkeypatch):
     class Trainer(BalancedTrainer):
         @classmethod
         def build_lr_scheduler(cls, cfg, optimizer):
             return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
 
+    monkeypatch.setattr(DatasetCatalog, "data", copy.copy(DatasetCatalog.data))  # free again after
     register_coco("resumed", str(tiny_coco), str(tiny_coco.parent / "images"))
 
     def train(folder, resume):

@@ -89,6 +89,8 @@ def check(machine: Path, user: str, targets: list[str]) -> bool:
     clone = machine / home / "my projects" / "balanced_d2"
     say(f"{machine.name} as {user}")
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    which = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(which, cwd=clone, stdout=subprocess.PIPE, text=True).stdout.strip()
     if user != "root":
         run_in(machine, "root", f"chown -R user '/{home}'")
     took = []
@@ -103,9 +105,6 @@ def check(machine: Path, user: str, targets: list[str]) -> bool:
             break
     python = f"'/{home}/my projects/balanced_d2/.venv/bin/python'"
     facts = run_in(machine, user, f'cd / && {python} -c "{FACTS}"', capture=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     release = (machine / "etc/debian_version").read_text().strip()
     row = [datetime.date.today(), commit, f"Debian {release}", user, ", ".join(took), facts.strip()]
     print("| " + " | ".join(map(str, row)) + " |", flush=True)
