@@ -44,19 +44,15 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
 
 
-def check_package(module: str, needed_by: str, install: str = "") -> None:
+def check_package(module: str, needed_by: str) -> None:
     """Raise :class:`UserError` if an optional package is not installed.
 
     Args:
-        module: the name under which it is imported.
-        needed_by: what in the config or the data asks for it.
-        install: how to get it, if not by ``pip install`` and its name.
+        module: its name, to import and to install.
+        needed_by: what in the config asks for it.
     """
     if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"{needed_by}, which needs the package {module}; run: "
-            f"{install or f'pip install {module}'}"
-        )
+        raise UserError(f"{needed_by}, which needs the package {module}; run: pip install {module}")
 
 
 def tell_user_errors(main: Callable, *args) -> int:
