@@ -17,8 +17,8 @@ from typing import Dict, List, NamedTuple, Optional, Set
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
-from balanced_d2.errors import UserError, first_of, tell_user_errors
-from balanced_d2.files import check_writable, open_replacing, told_as_unwritable
+from balanced_d2.utils.errors import UserError, first_of, report_user_errors
+from balanced_d2.utils.files import check_writable, open_replacing, raise_if_unwritable
 from balanced_d2.visualization import as_records
 from balanced_d2.visualization.video import VideoReader, create_video
 
@@ -181,7 +181,7 @@ def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) 
         show(picture, wait=0)
         return len(detections)
     _, content = cv2.imencode(Path(source.output).suffix, picture)
-    with told_as_unwritable(source.output), open_replacing(source.output, "wb") as file:
+    with raise_if_unwritable(source.output), open_replacing(source.output, "wb") as file:
         file.write(content.tobytes())
     if with_json:
         height, width = image.shape[:2]
@@ -249,7 +249,7 @@ def show(picture: np.ndarray, wait: int) -> None:
 
 
 def write_json(path: str, content: Dict) -> None:
-    with told_as_unwritable(path), open_replacing(path, "w") as file:
+    with raise_if_unwritable(path), open_replacing(path, "w") as file:
         json.dump(content, file)
 
 
@@ -278,4 +278,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -14,9 +14,9 @@ from matplotlib.text import Text
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from balanced_d2.errors import UserError, tell_user_errors
 from balanced_d2.evaluation.errors import KINDS, Breakdown, analyze_errors
 from balanced_d2.evaluation.matching import match
+from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.visualization.error_chart import draw_error_chart
 
 from .conftest import load_tool
@@ -398,7 +398,7 @@ def analyze(tmp_path, monkeypatch, capsys):
         paths = [str(tmp_path / "dt.json"), str(tmp_path / "gt.json")]
         monkeypatch.setattr(sys, "argv", ["analyze_errors.py", *paths, *map(str, arguments)])
         tool = load_tool("analyze_errors")
-        exit_code = tell_user_errors(tool.main, tool.parse_args())
+        exit_code = report_user_errors(tool.main, tool.parse_args())
         return (exit_code, *capsys.readouterr())
 
     return run

@@ -13,14 +13,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from balanced_d2 import load_config
-from balanced_d2.errors import UserError
-from balanced_d2.lazy_config import load_lazy_config
+from balanced_d2.config.lazy import load_lazy_config
 from balanced_d2.modeling import (
     P6P7,
     BalancedCascadeROIHeads,
     BalancedFastRCNNOutputLayers,
     BalancedFPN,
 )
+from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_MODEL, logged
 

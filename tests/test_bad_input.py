@@ -10,10 +10,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from balanced_d2 import load_config
+from balanced_d2.config.checks import check_config, drop_late_steps
 from balanced_d2.data import check_datasets, register_coco
-from balanced_d2.data.check import check_samplers, drop_late_steps
-from balanced_d2.data.clean import clean
-from balanced_d2.errors import UserError
+from balanced_d2.data.checks.records import clean
+from balanced_d2.utils.errors import UserError
 
 from .conftest import assert_told
 
@@ -75,7 +75,9 @@ def check(tmp_path, content, opts=(), **arguments):
     json_file.write_text(content if isinstance(content, str) else json.dumps(content))
     register_coco(NAME, str(json_file), str(tmp_path))
     names = ["DATASETS.TRAIN", f"('{NAME}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
-    check_datasets(load_config("", [*names, *opts]), **arguments)
+    cfg = load_config("", [*names, *opts])
+    check_config(cfg, train=True)
+    check_datasets(cfg, **arguments)
 
 
 def test_good_file(tmp_path, caplog):
@@ -469,28 +471,58 @@ def test_steps_beyond_the_end_are_dropped(opts, steps, told, caplog):
     assert told is None or (told in messages[0] and "SOLVER.MAX_ITER" in messages[0])
 
 
+NEGATIVES = ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced")
+POSITIVES = ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", "instance_balanced")
+LOSS = ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_l1")
+RETINANET_LOSS = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "balanced_l1")
+PYRAMID = ("MODEL.BALANCED_FPN.ENABLED", "True")
+RETINANET = ("MODEL.META_ARCHITECTURE", "RetinaNet")
+BALANCED_RETINANET = ("MODEL.META_ARCHITECTURE", "BalancedRetinaNet")
+HEADS = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
+FPN_BACKBONE = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+
+
 @pytest.mark.parametrize(
-    "heads, opts, keys",
+    "opts, advice",
     [
-        ("StandardROIHeads", ["NUM_BINS", "4"], "MODEL.ROI_HEADS.NUM_BINS set"),
-        ("StandardROIHeads", ["NEGATIVE_SAMPLER", "iou_balanced"], "NEGATIVE_SAMPLER set"),
-        (
-            "StandardROIHeads",
-            ["POSITIVE_SAMPLER", "instance_balanced", "NUM_BINS", "4"],
-            "MODEL.ROI_HEADS.POSITIVE_SAMPLER and MODEL.ROI_HEADS.NUM_BINS set",
-        ),
-        ("StandardROIHeads", [], None),
-        ("BalancedROIHeads", ["NUM_BINS", "4"], None),
+        (NEGATIVES + HEADS, "set that to BalancedROIHeads or BalancedCascadeROIHeads"),
+        (POSITIVES + HEADS, "set that to BalancedROIHeads or BalancedCascadeROIHeads"),
+        (LOSS + HEADS, "set that to BalancedROIHeads or BalancedCascadeROIHeads"),
+        (PYRAMID + FPN_BACKBONE, "set it to build_balanced_fpn_backbone"),
+        (PYRAMID + FPN_BACKBONE + BALANCED_RETINANET, "to build_balanced_retinanet_fpn_backbone"),
+        (NEGATIVES + BALANCED_RETINANET, "BalancedRetinaNet has no RoI heads"),
+        (POSITIVES + RETINANET, "RetinaNet has no RoI heads"),
+        (LOSS + BALANCED_RETINANET, "BalancedRetinaNet has no RoI heads"),
+        (RETINANET_LOSS + RETINANET, "set that to BalancedRetinaNet"),
+        (RETINANET_LOSS, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is the key of R-CNN"),
     ],
 )
-def test_samplers_without_effect(heads, opts, keys, caplog):
-    opts = [part if i % 2 else f"MODEL.ROI_HEADS.{part}" for i, part in enumerate(opts)]
+def test_balances_without_effect_are_refused(opts, advice, caplog):
+    cfg = load_config("", opts)
+    with pytest.raises(UserError) as error:
+        check_config(cfg, train=True)
+    assert opts[0] in str(error.value) and advice in str(error.value)
+    # What balanced_d2 0.1.0 has begun, with its defaults, can be evaluated and resumed.
     with caplog.at_level(logging.WARNING, "balanced_d2"):
-        check_samplers(load_config("", ["MODEL.ROI_HEADS.NAME", heads, *opts]))
-    messages = [r.getMessage() for r in caplog.records]
-    assert len(messages) == (keys is not None)
-    if keys:
-        assert keys in messages[0] and heads in messages[0] and "BalancedROIHeads" in messages[0]
+        check_config(cfg, train=False)
+        check_config(cfg, train=True, resume=True)
+    assert [record.getMessage() for record in caplog.records] == [str(error.value)] * 2
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        HEADS + FPN_BACKBONE,
+        RETINANET,
+        NEGATIVES + POSITIVES + LOSS + ("MODEL.ROI_HEADS.NAME", "BalancedROIHeads"),
+        NEGATIVES + LOSS + ("MODEL.ROI_HEADS.NAME", "BalancedCascadeROIHeads"),
+        RETINANET_LOSS + BALANCED_RETINANET,
+        PYRAMID + ("MODEL.BACKBONE.NAME", "build_balanced_fpn_backbone"),
+    ],
+)
+def test_balances_of_classes_that_know_them(opts, caplog):
+    check_config(load_config("", opts), train=True)
+    assert not caplog.records
 
 
 def test_start_of_training_tells_all_at_once(tmp_path, train_net_here):

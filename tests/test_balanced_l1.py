@@ -7,8 +7,8 @@ import pytest
 import torch
 from fvcore.nn import smooth_l1_loss
 
-from balanced_d2.errors import UserError
 from balanced_d2.modeling import balanced_l1_loss
+from balanced_d2.utils.errors import UserError
 
 SETTINGS = [(0.5, 1.5, 1.0), (0.5, 1.5, 0.11), (0.3, 1.0, 2.5), (1.0, 0.7, 1.0)]
 

@@ -10,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from balanced_d2.errors import tell_user_errors
+from balanced_d2.utils.errors import report_user_errors
 
 from .conftest import load_tool, run_program
 
@@ -38,7 +38,7 @@ def check(data, monkeypatch, capsys):
         own = ["--register", "own", str(folder / "annotations.json"), str(folder / "images")]
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments, *own])
         tool = load_tool("check_dataset")
-        exit_code = tell_user_errors(tool.main, tool.parse_args())
+        exit_code = report_user_errors(tool.main, tool.parse_args())
         for name in ("own", "function"):
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from balanced_d2 import load_config, mmdet
-from balanced_d2.checkpoint import load_weights
-from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.unpickle import Nothing, load_inert
+from balanced_d2 import load_config
+from balanced_d2.checkpoint import load_weights, mmdet
+from balanced_d2.checkpoint.unpickle import Nothing, load_inert
+from balanced_d2.utils.errors import UserError, report_user_errors
 
 from .conftest import SHARED_DATA, load_tool, run_program
 
@@ -113,7 +113,7 @@ def save(request):
 def convert(source, output, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert_mmdet_weights.py", str(source), str(output)])
     tool = load_tool("convert_mmdet_weights")
-    return tell_user_errors(tool.main, tool.parse_args())
+    return report_user_errors(tool.main, tool.parse_args())
 
 
 def original(name, tensor, is_retinanet):

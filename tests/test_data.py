@@ -12,8 +12,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from balanced_d2 import load_config
 from balanced_d2.data import check_datasets, load_coco, register_coco
-from balanced_d2.data.shapes import CLASSES, HUES, SPLITS, ShapesConfig, draw_image, ensure_shapes
-from balanced_d2.errors import UserError
+from balanced_d2.data.datasets.shapes import (
+    CLASSES,
+    HUES,
+    SPLITS,
+    ShapesConfig,
+    draw_image,
+    ensure_shapes,
+)
+from balanced_d2.utils.errors import UserError
 
 from .conftest import run_program
 
@@ -128,7 +135,6 @@ def test_check_of_classes(tmp_path, name):
         (["DATASETS.TRAIN", "('nowhere',)"], True, "'nowhere' is not registered"),
         (["DATASETS.TEST", "('nowhere',)"], False, "'nowhere' is not registered"),
         (["DATASETS.TEST", "('coco_2014_val',)"], False, "instances_val2014.json does not exist"),
-        (["DATASETS.TEST", "('ade20k_sem_seg_val',)"], False, "evaluator_type is 'sem_seg'"),
     ],
 )
 def test_check_of_names(opts, train, message):
@@ -235,8 +241,8 @@ def test_names_that_the_user_has_taken_stay_the_users():
         "import balanced_d2\n"
         "assert DatasetCatalog.get('bccd_train') == ['mine']\n"
         "assert {'bccd_val', 'balanced_shapes_train'} <= set(DatasetCatalog)\n"
-        "import importlib, balanced_d2.data.builtin\n"
-        "importlib.reload(balanced_d2.data.builtin)\n"
+        "import importlib, balanced_d2.data.datasets.builtin\n"
+        "importlib.reload(balanced_d2.data.datasets.builtin)\n"
     )
     result = run_program("-W", "ignore", "-c", program)
     assert result.returncode == 0, result.stderr

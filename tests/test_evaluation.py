@@ -8,8 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
-from balanced_d2.errors import UserError
 from balanced_d2.evaluation import build_evaluator
+from balanced_d2.utils.errors import UserError
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from balanced_d2 import export, load_config
-from balanced_d2.errors import UserError
 from balanced_d2.export.nms import onnx_batched_nms, scripted_batched_nms
 from balanced_d2.export.verify import Comparison, Detections
+from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_CONFIG
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import load_weights
-from balanced_d2.data.shapes import CLASSES
-from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.data.datasets.shapes import CLASSES
 from balanced_d2.export import Comparison
 from balanced_d2.export.verify import Detections
+from balanced_d2.utils.errors import UserError, report_user_errors
 
 from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program
 from .test_export import KEYPOINTS, MASKS, METADATA, small_model, smooth_image
@@ -421,7 +421,7 @@ def test_export_tells_what_is_wrong(options, opts, parts, weights, tmp_path, mon
     arguments = ["export_model.py", "--config-file", TINY_CONFIG, *fill]
     monkeypatch.setattr(sys, "argv", arguments)
     tool = load_tool("export_model")
-    assert tell_user_errors(tool.main, tool.parse_args()) == 2
+    assert report_user_errors(tool.main, tool.parse_args()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert all(part in said for part in parts)

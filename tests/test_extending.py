@@ -7,9 +7,9 @@ import torch
 from detectron2.modeling import build_model
 
 from balanced_d2 import load_config
-from balanced_d2.errors import UserError
 from balanced_d2.modeling import BOX_REG_LOSSES, NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS, REFINEMENTS
-from balanced_d2.registry import Registry
+from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.registry import Registry
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
 

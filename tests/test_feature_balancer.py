@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from balanced_d2.errors import UserError
+from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.modeling import FeatureBalancer, NonLocal2d
-from balanced_d2.modeling.feature_balancer import REFINEMENTS
+from balanced_d2.utils.errors import UserError
 
 
 def max_pool_loops(x, size):

@@ -60,7 +60,10 @@ def assert_not_installed(python):
 
 def test_package_without_detectron2_names_the_installer(bare_python):
     result = subprocess.run(
-        [str(bare_python), "-c", "import balanced_d2"], capture_output=True, text=True, cwd=ROOT
+        [str(bare_python), "-c", "import balanced_d2.engine"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert result.returncode != 0
     assert "run: python tools/install_detectron2.py" in result.stderr.splitlines()[-1]

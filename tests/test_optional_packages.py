@@ -1,5 +1,6 @@
 """Packages that only some configs need: what lacks them is told at the start, before any work."""
 
+import runpy
 import sys
 
 import detectron2.data.transforms as T
@@ -8,9 +9,10 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from balanced_d2 import load_config
-from balanced_d2.data.check import check_crop, load
-from balanced_d2.errors import UserError
-from balanced_d2.lazy_config import load_lazy_config, trainer_config
+from balanced_d2.config.checks import check_crop
+from balanced_d2.config.lazy import load_lazy_config, trainer_config
+from balanced_d2.data.checks.for_model import load
+from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_MODEL, assert_told
 
@@ -75,6 +77,6 @@ def test_a_data_set_whose_loader_lacks_a_package(without, module, advice):
 def test_opencv_is_told_by_its_own_name(without):
     """Which of several packages has it is the user's choice; none is required by name."""
     without("cv2")
-    init = (ROOT / "balanced_d2" / "__init__.py").read_text()
+    file = ROOT / "balanced_d2" / "utils" / "requirements.py"
     with pytest.raises(ModuleNotFoundError, match="pip install opencv-python .*headless"):
-        exec(compile(init, "balanced_d2/__init__.py", "exec"), {"__name__": "balanced_d2"})
+        runpy.run_path(str(file))

@@ -24,11 +24,11 @@ from balanced_d2.analysis.features import balance_levels, energy
 from balanced_d2.analysis.metrics import names_of_runs, read_metrics
 from balanced_d2.analysis.sampling import hard_share, sample_negatives
 from balanced_d2.checkpoint import load_weights
-from balanced_d2.data.coco import register_coco
+from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine import build_predictor
 from balanced_d2.engine.wandb import start_wandb
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 from balanced_d2.visualization.sampling_plot import draw_sampling, histogram
 from balanced_d2.visualization.training_plot import draw_training
 from balanced_d2.visualization.validation_images import ValidationImages

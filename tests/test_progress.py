@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from balanced_d2.progress import WithBar
+from balanced_d2.utils.progress import WithBar
 
 
 class Terminal(io.StringIO):

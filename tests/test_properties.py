@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from balanced_d2.layers.feature_balancer import REFINEMENTS
+from balanced_d2.layers.sampling import _sample_without_waiting, iou_bins
 from balanced_d2.modeling import (
     FeatureBalancer,
     balanced_l1_loss,
@@ -18,8 +20,6 @@ from balanced_d2.modeling import (
     sample_instance_balanced,
     sample_iou_balanced,
 )
-from balanced_d2.modeling.feature_balancer import REFINEMENTS
-from balanced_d2.modeling.sampling import _sample_without_waiting, iou_bins
 
 examples = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "300")),

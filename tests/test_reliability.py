@@ -20,12 +20,12 @@ from detectron2.data import DatasetCatalog
 from torch import nn
 
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
-from balanced_d2.data.coco import register_coco
+from balanced_d2.checkpoint.unpickle import load_inert
+from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.loader import TrainLoader
-from balanced_d2.errors import StopTraining, UserError
 from balanced_d2.evaluation import build_evaluator
-from balanced_d2.randomness import seed_all, seeded
-from balanced_d2.unpickle import load_inert
+from balanced_d2.utils.errors import StopTraining, UserError
+from balanced_d2.utils.randomness import seed_all, seeded
 
 from .conftest import (
     ROOT,

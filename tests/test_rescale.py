@@ -9,9 +9,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from balanced_d2 import load_config
-from balanced_d2.compat import no_export_warnings
-from balanced_d2.modeling import rescale
-from balanced_d2.modeling.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
+from balanced_d2.export.tracing import no_export_warnings
+from balanced_d2.layers import rescale
+from balanced_d2.layers.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from balanced_d2 import load_config
-from balanced_d2.errors import UserError
 from balanced_d2.modeling import (
     BalancedFastRCNNOutputLayers,
     BalancedL1,
@@ -22,7 +21,8 @@ from balanced_d2.modeling import (
     sample_instance_balanced,
     sample_random,
 )
-from balanced_d2.modeling.roi_heads import negative_iou_range
+from balanced_d2.modeling.balanced_sampling import negative_iou_range
+from balanced_d2.utils.errors import UserError
 
 
 class SamplingOnly(BalancedSamplingMixin, ROIHeads):

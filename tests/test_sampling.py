@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from balanced_d2.errors import UserError
-from balanced_d2.modeling import sample_instance_balanced, sample_iou_balanced, sampling
+from balanced_d2.layers import sample_instance_balanced, sample_iou_balanced, sampling
+from balanced_d2.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True, params=["on the CPU", "on other devices"])

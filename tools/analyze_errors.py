@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.data.check_coco import findings_in, read_coco
-from balanced_d2.data.clean import tell
-from balanced_d2.errors import tell_user_errors
+from balanced_d2.data.checks.coco_file import findings_in, read_coco
+from balanced_d2.data.checks.records import tell
 from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
 from balanced_d2.evaluation.predictions import (
     add_predictions_argument,
     check_predictions,
     load_predictions,
 )
-from balanced_d2.files import replacing
+from balanced_d2.utils.errors import report_user_errors
+from balanced_d2.utils.files import replacing
 from balanced_d2.visualization.error_chart import draw_error_chart
 from balanced_d2.visualization.figure import place_picture, save_figure
 
@@ -123,4 +123,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

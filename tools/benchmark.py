@@ -23,14 +23,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when 
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2 import load_config
-from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.modeling import (
     FeatureBalancer,
     NonLocal2d,
     balanced_l1_loss,
     sample_iou_balanced,
 )
-from balanced_d2.modeling.feature_balancer import REFINEMENTS
+from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
 import detectron2
@@ -555,4 +555,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -11,10 +11,10 @@ from typing import Dict, List, Tuple
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data import add_register_argument, check_registered, register_from
-from balanced_d2.data.check import check_files, coco_file, load
-from balanced_d2.data.check_coco import check_coco
-from balanced_d2.data.clean import Finding, examine, found
-from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.data.checks.coco_file import check_coco
+from balanced_d2.data.checks.for_model import check_files, coco_file, load
+from balanced_d2.data.checks.records import Finding, examine, found
+from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
 from detectron2.data import MetadataCatalog
@@ -137,4 +137,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -8,8 +8,8 @@ import sys
 import cv2
 
 from balanced_d2.data import add_register_argument, check_registered, register_from
-from balanced_d2.errors import UserError, tell_user_errors
 from balanced_d2.evaluation.predictions import add_predictions_argument, load_predictions
+from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.visualization import draw_contact_sheet
 
 
@@ -39,4 +39,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

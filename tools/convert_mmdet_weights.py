@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 # First, so that importing Detectron2 is quiet.
-import balanced_d2.mmdet as mmdet
+from balanced_d2.checkpoint import mmdet
+from balanced_d2.checkpoint.unpickle import load_inert
 from balanced_d2.config import load_config
-from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.files import check_writable, replacing
-from balanced_d2.unpickle import load_inert
+from balanced_d2.utils.errors import UserError, report_user_errors
+from balanced_d2.utils.files import check_writable, replacing
 
 # isort: split
 import torch
@@ -60,4 +60,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

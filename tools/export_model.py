@@ -12,8 +12,9 @@ from pathlib import Path
 # First, so that importing Detectron2 is quiet.
 import balanced_d2.export as export
 from balanced_d2.checkpoint import load_weights
-from balanced_d2.engine.setup import add_model_arguments, check_weights, config_from
-from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.config.checks import check_weights
+from balanced_d2.engine import add_model_arguments, config_from
+from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
 from detectron2.modeling import build_model
@@ -93,4 +94,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -12,7 +12,7 @@ import sys
 from balanced_d2.analysis.features import balance_levels, energy
 from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
-from balanced_d2.errors import tell_user_errors
+from balanced_d2.utils.errors import report_user_errors
 from balanced_d2.visualization.feature_sheet import draw_features
 from balanced_d2.visualization.figure import place_picture, save_figure
 
@@ -46,4 +46,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

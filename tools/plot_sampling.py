@@ -16,9 +16,9 @@ from balanced_d2.analysis.sampling import (
     hard_share,
     sample_negatives,
 )
-from balanced_d2.data.check import check_datasets
+from balanced_d2.data.checks.for_model import check_datasets
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
-from balanced_d2.errors import UserError, tell_user_errors
+from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.visualization.figure import place_picture, save_figure
 from balanced_d2.visualization.sampling_plot import draw_sampling, write_histogram
 
@@ -64,4 +64,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -9,7 +9,7 @@ import sys
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.metrics import names_of_runs, read_metrics
-from balanced_d2.errors import tell_user_errors
+from balanced_d2.utils.errors import report_user_errors
 from balanced_d2.visualization.figure import place_picture, save_figure
 from balanced_d2.visualization.training_plot import draw_training
 
@@ -36,4 +36,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from detectron2.engine import DefaultPredictor
 
-from balanced_d2.errors import UserError
 from balanced_d2.modeling import BalancedFPN
+from balanced_d2.utils.errors import UserError
 
 
 class Level(NamedTuple):

@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Dict, List
 
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 FILE = "metrics.json"
 

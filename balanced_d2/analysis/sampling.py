@@ -12,10 +12,10 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from balanced_d2.data.loader import TrainLoader
-from balanced_d2.errors import UserError
-from balanced_d2.modeling.roi_heads import BalancedSamplingMixin
-from balanced_d2.modeling.sampling import NEGATIVE_SAMPLERS
-from balanced_d2.randomness import seed_all
+from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS
+from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
+from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.randomness import seed_all
 
 HARD_IOU = 0.05
 """Negatives above this are called hard, as in the paper's figure 3."""

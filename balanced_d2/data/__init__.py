@@ -1,9 +1,12 @@
 """Data sets. Importing registers the built-in ones."""
 
-from balanced_d2.data import builtin  # noqa: F401  # registration
-from balanced_d2.data.check import check_datasets, check_registered
-from balanced_d2.data.coco import load_coco, register_coco
-from balanced_d2.data.register import add_register_argument, register_from
+import balanced_d2.utils.requirements  # noqa: F401
+
+# isort: split
+import balanced_d2.data.datasets.builtin  # noqa: F401  # registration
+from balanced_d2.data.checks.for_model import check_datasets, check_registered
+from balanced_d2.data.datasets.coco import load_coco, register_coco
+from balanced_d2.data.datasets.register import add_register_argument, register_from
 
 __all__ = [
     "add_register_argument",

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 
 def check_classes(name: str, cfg: CfgNode) -> None:

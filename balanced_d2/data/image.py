@@ -3,7 +3,7 @@
 import numpy as np
 from detectron2.data import detection_utils
 
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 
 def read_image(path: str, format: str = "BGR", what: str = "image") -> np.ndarray:

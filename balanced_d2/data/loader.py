@@ -17,9 +17,9 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from balanced_d2.data.clean import clean
-from balanced_d2.errors import StopTraining, UserError, check_choice
-from balanced_d2.randomness import seeded
+from balanced_d2.data.checks.records import clean
+from balanced_d2.utils.errors import StopTraining, UserError, check_choice
+from balanced_d2.utils.randomness import seeded
 
 # How samples come by their random numbers; another purpose of the same seed has another number.
 SAMPLE_SEEDS = 1
@@ -42,7 +42,7 @@ class TrainLoader:
 
     Args:
         dataset: Detectron2's standard dicts. Boxes that nothing can be learnt from are left out
-            (:func:`balanced_d2.data.clean.clean`).
+            (:func:`balanced_d2.data.checks.records.clean`).
         mapper: turns such a dict into what the model takes, e.g. Detectron2's ``DatasetMapper``.
         total_batch_size: number of images that all processes load together for an iteration.
         num_workers: worker processes for loading, of each process; 0: none.

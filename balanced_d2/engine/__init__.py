@@ -1,8 +1,11 @@
 """Training, evaluation and detection from the command line."""
 
+import balanced_d2.utils.requirements  # noqa: F401
+
+# isort: split
+from balanced_d2.engine.defaults import add_model_arguments, argument_parser, config_from, setup
+from balanced_d2.engine.launch import run
 from balanced_d2.engine.predictor import build_predictor
-from balanced_d2.engine.run import run
-from balanced_d2.engine.setup import add_model_arguments, argument_parser, config_from, setup
 from balanced_d2.engine.trainer import BalancedTrainer
 
 __all__ = [

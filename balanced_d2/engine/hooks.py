@@ -5,8 +5,8 @@ import signal
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from balanced_d2.errors import StopTraining
-from balanced_d2.randomness import seed_all
+from balanced_d2.utils.errors import StopTraining
+from balanced_d2.utils.randomness import seed_all
 
 # How iterations come by their random numbers; another purpose of the same seed has another number.
 ITERATION_SEEDS = 2

@@ -7,14 +7,14 @@ from detectron2.solver import LRMultiplier
 from omegaconf import DictConfig
 
 from balanced_d2.engine.trainer import BalancedTrainer
-from balanced_d2.progress import WithBar
+from balanced_d2.utils.progress import WithBar
 
 
 def lazy_trainer(lazy: DictConfig) -> Type[BalancedTrainer]:
     """A trainer whose model, optimizer and data loaders are those of a LazyConfig.
 
     Args:
-        lazy: as :func:`balanced_d2.lazy_config.load_lazy_config` returns it.
+        lazy: as :func:`balanced_d2.config.lazy.load_lazy_config` returns it.
     """
 
     class LazyTrainer(BalancedTrainer):

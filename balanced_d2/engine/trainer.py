@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
-from balanced_d2.compat import ddp_on_any_device
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
 from balanced_d2.engine.wandb import start_wandb
-from balanced_d2.errors import StopTraining
-from balanced_d2.evaluation.build import build_evaluator
-from balanced_d2.progress import WithBar
+from balanced_d2.evaluation.evaluators import build_evaluator
+from balanced_d2.utils.compat import ddp_on_any_device
+from balanced_d2.utils.errors import StopTraining
+from balanced_d2.utils.progress import WithBar
 from balanced_d2.visualization.validation_images import ValidationImages
 
 

@@ -2,14 +2,6 @@
 
 from detectron2.config import CfgNode
 
-from balanced_d2.errors import check_package
-
-
-def check_wandb(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if Weights & Biases is asked for, but not installed."""
-    if cfg.WANDB.ENABLED:
-        check_package("wandb", "WANDB.ENABLED is True: send metrics to Weights & Biases")
-
 
 def start_wandb(cfg: CfgNode) -> None:
     """Start a run that copies the events of every TensorBoard writer made after this.

@@ -1,5 +1,5 @@
 """Evaluators."""
 
-from balanced_d2.evaluation.build import build_evaluator
+from balanced_d2.evaluation.evaluators import build_evaluator
 
 __all__ = ["build_evaluator"]

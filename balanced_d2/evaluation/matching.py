@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 SIZES = ("all", "small", "medium", "large")
 """COCO's ranges of areas: those of medium boxes are from 32² to 96² pixels, both included."""

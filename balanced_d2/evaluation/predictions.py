@@ -7,9 +7,9 @@ from typing import Container, Dict, List, Sequence
 
 import numpy as np
 
-from balanced_d2.data.clean import as_boxes
-from balanced_d2.data.coco import garbage_kept, parse_json
-from balanced_d2.errors import UserError
+from balanced_d2.data.checks.records import as_boxes
+from balanced_d2.data.datasets.coco import garbage_kept, parse_json
+from balanced_d2.utils.errors import UserError
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
 

@@ -6,7 +6,7 @@ from balanced_d2.export.onnx import export_onnx
 from balanced_d2.export.sample import sample_images
 from balanced_d2.export.torchscript import METHODS, export_torchscript, script, trace
 from balanced_d2.export.verify import ADDITIONAL_TOLERANCES, TOLERANCES, Comparison, table, verify
-from balanced_d2.files import check_writable
+from balanced_d2.utils.files import check_writable
 
 __all__ = [
     "ADDITIONAL_TOLERANCES",

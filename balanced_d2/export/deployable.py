@@ -8,7 +8,7 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.structures import Instances
 from torch import nn
 
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 # What a model is or predicts, the ways of exporting that are refused for it, and why.
 _REFUSED = {

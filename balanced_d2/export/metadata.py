@@ -5,8 +5,8 @@ import torch
 from detectron2.config import CfgNode
 
 from balanced_d2.data.classes import model_metadata, num_classes_key
-from balanced_d2.errors import UserError
 from balanced_d2.export.deployable import cannot_be_exported, output_names
+from balanced_d2.utils.errors import UserError
 
 # The name of the JSON inside a TorchScript file, and the key of the JSON in an ONNX file.
 METADATA_FILE = "balanced_d2.json"

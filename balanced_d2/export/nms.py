@@ -10,7 +10,7 @@ import torch
 from detectron2.layers import shapes_to_tensor
 from torchvision.ops import boxes as box_ops
 
-from balanced_d2.compat import no_export_warnings
+from balanced_d2.export.tracing import no_export_warnings
 
 # On the CPU, torchvision moves this many boxes apart at most.
 MAX_MOVED = 1000

@@ -5,12 +5,12 @@ import json
 import torch
 from torch import nn
 
-from balanced_d2.errors import UserError
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import onnx_batched_nms
 from balanced_d2.export.tracing import traceable
-from balanced_d2.files import replacing
+from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.files import replacing
 
 # The first opset whose RoiAlign has Detectron2's alignment is 16.
 OPSET = 17

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from balanced_d2.data.image import read_image
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 
 def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:

@@ -8,13 +8,12 @@ from detectron2.export import scripting_with_instances
 from detectron2.structures import Boxes
 from torch import nn
 
-from balanced_d2.compat import no_export_warnings
-from balanced_d2.errors import UserError, check_choice
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import scripted_batched_nms
-from balanced_d2.export.tracing import traceable
-from balanced_d2.files import replacing
+from balanced_d2.export.tracing import no_export_warnings, traceable
+from balanced_d2.utils.errors import UserError, check_choice
+from balanced_d2.utils.files import replacing
 
 METHODS = ("tracing", "scripting")
 

@@ -1,5 +1,7 @@
 """What has to be different in Detectron2 while a model is traced, for TorchScript or for ONNX."""
 
+import logging
+import warnings
 from contextlib import contextmanager
 from typing import Callable
 from unittest import mock
@@ -9,7 +11,22 @@ from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling.meta_arch import dense_detector
 from torchvision.ops import boxes as box_ops
 
-from balanced_d2.compat import no_export_warnings, no_gradient_scaling
+from balanced_d2.utils.compat import no_gradient_scaling
+
+
+@contextmanager
+def no_export_warnings():
+    """Within it, PyTorch's exporters do not warn: about deprecation, and line by line of what may
+    not generalise, which is for tests and verification to find out."""
+    fx = logging.getLogger("torch.fx")
+    level = fx.level
+    fx.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        fx.setLevel(level)
 
 
 @contextmanager

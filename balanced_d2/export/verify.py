@@ -16,8 +16,8 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from tabulate import tabulate
 from tqdm import tqdm
 
-from balanced_d2.compat import no_export_warnings
 from balanced_d2.export.deployable import Deployable
+from balanced_d2.export.tracing import no_export_warnings
 
 # Largest differences (box in pixels, score) that an exported model may have. ONNX Runtime computes
 # with kernels of its own, TorchScript with the same ones.

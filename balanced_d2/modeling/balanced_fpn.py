@@ -1,17 +1,15 @@
-"""Feature pyramid network with balanced outputs, and its builders."""
+"""Feature pyramid network with balanced outputs."""
 
 import types
 from typing import Optional
 
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling import Backbone
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
-from balanced_d2.errors import UserError
-from balanced_d2.modeling.feature_balancer import FeatureBalancer
+from balanced_d2.layers.feature_balancer import FeatureBalancer
 
 
 def _named(name: str, method: types.FunctionType) -> types.FunctionType:
@@ -88,68 +86,3 @@ class P6P7(LastLevelP6P7):
             return super().forward(x)
         p6 = self.p6(x)
         return [p6, self.p7(p6)]
-
-
-def _build_fpn(cfg, bottom_up: Backbone, top_block: nn.Module) -> FPN:
-    fpn_args = {
-        "bottom_up": bottom_up,
-        "in_features": cfg.MODEL.FPN.IN_FEATURES,
-        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-        "norm": cfg.MODEL.FPN.NORM,
-        "top_block": top_block,
-        "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-    }
-    if not cfg.MODEL.BALANCED_FPN.ENABLED:
-        return FPN(**fpn_args)
-    return BalancedFPN(
-        **fpn_args,
-        refine_level=cfg.MODEL.BALANCED_FPN.REFINE_LEVEL,
-        refine_type=cfg.MODEL.BALANCED_FPN.REFINE_TYPE,
-    )
-
-
-def _build_p2_to_p6(cfg, bottom_up: Backbone) -> FPN:
-    return _build_fpn(cfg, bottom_up, LastLevelMaxPool())
-
-
-def _build_p3_to_p7(cfg, bottom_up: Backbone) -> FPN:
-    coarsest = cfg.MODEL.FPN.IN_FEATURES[-1]
-    channels = bottom_up.output_shape()[coarsest].channels
-    top_block = P6P7(
-        channels, cfg.MODEL.FPN.OUT_CHANNELS, coarsest, relu=cfg.MODEL.BALANCED_FPN.P7_RELU
-    )
-    return _build_fpn(cfg, bottom_up, top_block)
-
-
-def _build_bottom_up(cfg, input_shape: ShapeSpec) -> Backbone:
-    name = cfg.MODEL.BALANCED_FPN.BOTTOM_UP
-    if name not in BACKBONE_REGISTRY:
-        raise UserError(
-            f"MODEL.BALANCED_FPN.BOTTOM_UP: there is no backbone {name!r}; it has to be registered "
-            "in Detectron2's BACKBONE_REGISTRY"
-        )
-    return BACKBONE_REGISTRY.get(name)(cfg, input_shape)
-
-
-@BACKBONE_REGISTRY.register()
-def build_balanced_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """ResNet with a balanced P2-P6, as ``build_resnet_fpn_backbone`` but for the balancing."""
-    return _build_p2_to_p6(cfg, build_resnet_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_balanced_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """ResNet with a balanced P3-P7, as ``build_retinanet_resnet_fpn_backbone`` otherwise."""
-    return _build_p3_to_p7(cfg, build_resnet_backbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_balanced_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Balanced P2-P6 on the registered backbone that ``MODEL.BALANCED_FPN.BOTTOM_UP`` names."""
-    return _build_p2_to_p6(cfg, _build_bottom_up(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_balanced_retinanet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Balanced P3-P7 on the registered backbone that ``MODEL.BALANCED_FPN.BOTTOM_UP`` names."""
-    return _build_p3_to_p7(cfg, _build_bottom_up(cfg, input_shape))

@@ -6,7 +6,7 @@ from detectron2.config import configurable
 from detectron2.layers import nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 
-from balanced_d2.modeling.box_losses import BoxRegLoss, build_box_reg_loss
+from balanced_d2.layers.box_losses import BoxRegLoss, build_box_reg_loss
 
 
 class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):

@@ -8,7 +8,7 @@ from detectron2.layers import cat
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, Instances
 
-from balanced_d2.modeling.box_losses import BoxRegLoss, build_box_reg_loss
+from balanced_d2.layers.box_losses import BoxRegLoss, build_box_reg_loss
 
 
 @META_ARCH_REGISTRY.register()

@@ -5,8 +5,8 @@ from typing import Any, Dict, Optional
 
 from matplotlib.figure import Figure
 
-from balanced_d2.errors import UserError
-from balanced_d2.files import check_writable, replacing
+from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.files import check_writable, replacing
 
 FORMATS = (".pdf", ".png", ".svg", ".webp")
 COLORS = ("#3b6ea5", "#c8553d", "#4f9d69", "#8e6bb0", "#c9a227", "#4aa3a2", "#8a8a8a", "#b0668f")

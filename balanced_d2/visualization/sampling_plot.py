@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from balanced_d2.analysis.sampling import HARD_IOU, SampledNegatives, hard_share
-from balanced_d2.files import replacing
+from balanced_d2.utils.files import replacing
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure
 
 BIN_WIDTH = 0.025

@@ -7,7 +7,7 @@ from typing import Iterator, Tuple
 import cv2
 import numpy as np
 
-from balanced_d2.errors import UserError
+from balanced_d2.utils.errors import UserError
 
 DEFAULT_FPS = 25.0
 

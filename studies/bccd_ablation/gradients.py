@@ -14,12 +14,12 @@ from typing import Callable, Dict, List, NamedTuple, Sequence
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.sampling import check_samples_proposals
-from balanced_d2.data.check import check_datasets
+from balanced_d2.data.checks.for_model import check_datasets
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
-from balanced_d2.errors import UserError, tell_user_errors
-from balanced_d2.modeling.balanced_l1 import balanced_l1_loss
-from balanced_d2.randomness import seed_all
+from balanced_d2.layers.balanced_l1 import balanced_l1_loss
+from balanced_d2.utils.errors import UserError, report_user_errors
+from balanced_d2.utils.randomness import seed_all
 
 # isort: split
 import torch
@@ -200,4 +200,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.errors import UserError, check_choice, tell_user_errors
+from balanced_d2.utils.errors import UserError, check_choice, report_user_errors
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
@@ -208,4 +208,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

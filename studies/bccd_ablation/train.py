@@ -20,10 +20,10 @@ from typing import Dict, List, NamedTuple
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.metrics import read_metrics
 from balanced_d2.config import load_config
-from balanced_d2.data.shapes import CLASSES, ShapesConfig, ensure_shapes
-from balanced_d2.errors import UserError, check_choice, first_of, tell_user_errors
-from balanced_d2.files import check_writable, open_replacing
-from balanced_d2.randomness import seed_all
+from balanced_d2.data.datasets.shapes import CLASSES, ShapesConfig, ensure_shapes
+from balanced_d2.utils.errors import UserError, check_choice, first_of, report_user_errors
+from balanced_d2.utils.files import check_writable, open_replacing
+from balanced_d2.utils.randomness import seed_all
 
 # isort: split
 import torch
@@ -238,4 +238,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(tell_user_errors(main, parse_args()))
+    sys.exit(report_user_errors(main, parse_args()))

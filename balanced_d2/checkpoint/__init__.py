@@ -1,0 +1,8 @@
+"""Checkpoints: written whole, read without running code, and those of other projects."""
+
+import balanced_d2.utils.requirements  # noqa: F401
+
+# isort: split
+from balanced_d2.checkpoint.checkpointer import BalancedCheckpointer, check_space, load_weights
+
+__all__ = ["BalancedCheckpointer", "check_space", "load_weights"]

@@ -1,0 +1,137 @@
+"""Reading of pickles, and of files of ``torch.save``, without running any code that they name."""
+
+import os
+import pickle
+import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Set, Tuple
+
+import torch
+
+from balanced_d2.utils.errors import UserError
+
+Names = Set[Tuple[str, str]]
+
+ARRAYS: Names = {
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")  # NumPy 1 and 2
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+}
+"""What a pickle of NumPy arrays in plain containers names."""
+
+
+def check_arrays(path: str) -> None:
+    """Make sure that a pickle holds nothing but NumPy arrays and plain containers.
+
+    Raises:
+        pickle.UnpicklingError: if it names anything else, which is then not called.
+    """
+
+    class ArraysOnly(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) not in ARRAYS:
+                raise pickle.UnpicklingError(
+                    f"it holds {module}.{name}, but only arrays and plain containers are read"
+                )
+            return super().find_class(module, name)
+
+    with open(path, "rb") as file:
+        ArraysOnly(file, encoding="latin1").load()
+
+
+def load_inert(path: str) -> object:
+    """Read a file of ``torch.save``, in the format of today or that of before PyTorch 1.6.
+
+    Only tensors, ``OrderedDict`` and what is built into the pickle format are made. Everything
+    else in the file, such as an optimizer's or a logger's state, becomes a stand-in without
+    content, and no function is called, whichever it is. ``torch.load(weights_only=True)`` runs no
+    code either, but refuses a file with objects of other projects as a whole.
+
+    Returns:
+        The object, with its tensors on the CPU.
+
+    Raises:
+        UserError: if there is no such file, or it is of another kind.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}")
+    try:
+        if _is_torchscript(path):  # torch.load would hand it to another reader
+            raise UserError(f"{path} is a TorchScript model, not a checkpoint")
+        with warnings.catch_warnings():  # about the storages of the old format
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", pickle_module=_INERT, weights_only=False)
+    except UserError:
+        raise
+    except Exception as error:  # a file of another kind can make the reading fail in any way
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"{path} is not a PyTorch checkpoint, or damaged: {reason}") from error
+
+
+def _is_torchscript(path: str) -> bool:
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+        file.seek(0)
+        # The reader of torch.load, so that both see the same names whatever the file.
+        return "constants.pkl" in torch._C.PyTorchFileReader(file).get_all_records()
+
+
+def _nothing(*args, **kwargs) -> None:
+    pass
+
+
+class Nothing:
+    """Stands in for an object, a class or a function: takes all that an unpickler does to it."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _nothing
+
+
+def _sealed(function):
+    # A pickle can set attributes of what it finds. This way, not those of PyTorch's function.
+    return lambda *args: function(*args)
+
+
+# What a file of tensors in plain containers names; torch.load finds the types of storages itself.
+_TENSORS = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): torch.Size,
+    **{
+        ("torch._utils", name): _sealed(getattr(torch._utils, name))
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+    },
+    **{
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    },
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        return _TENSORS.get((module, name), Nothing)
+
+
+def _load(file, **kwargs) -> object:
+    return _InertUnpickler(file, **kwargs).load()
+
+
+# The parts of the module pickle that torch.load uses.
+_INERT = SimpleNamespace(__name__="inert_pickle", Unpickler=_InertUnpickler, load=_load)

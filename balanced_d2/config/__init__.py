@@ -1,0 +1,9 @@
+"""Configs, in YAML and in Python: the project's keys, loading and checks."""
+
+import balanced_d2.modeling  # noqa: F401  # registers what configs name
+
+# isort: split
+from balanced_d2.config.defaults import add_balanced_config
+from balanced_d2.config.yaml_config import load_config
+
+__all__ = ["add_balanced_config", "load_config"]

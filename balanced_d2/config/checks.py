@@ -1,0 +1,166 @@
+"""All that can be said of a config without its data."""
+
+import difflib
+import logging
+import os
+from typing import Iterator, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    RetinaNet,
+)
+
+from balanced_d2.layers.box_losses import BOX_REG_LOSSES, DETECTRON2_LOSSES
+from balanced_d2.layers.feature_balancer import REFINEMENTS
+from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
+from balanced_d2.utils.errors import UserError, check_package
+
+logger = logging.getLogger(__name__)
+
+
+def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
+    """Check all keys that a training, or an evaluation, is going to use.
+
+    Args:
+        train: whether the config is going to be trained, not only evaluated.
+        resume: whether that training began before. Then balances without effect are only warned
+            of: configs that balanced_d2 0.1.0 has written set some that way.
+
+    Raises:
+        UserError: naming the first key that is wrong.
+    """
+    check_names(cfg)
+    model = cfg.MODEL
+    NEGATIVE_SAMPLERS.check(model.ROI_HEADS.NEGATIVE_SAMPLER)
+    POSITIVE_SAMPLERS.check(model.ROI_HEADS.POSITIVE_SAMPLER)
+    REFINEMENTS.check(model.BALANCED_FPN.REFINE_TYPE)
+    BOX_REG_LOSSES.check(model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE)
+    BOX_REG_LOSSES.check(model.RETINANET.BBOX_REG_LOSS_TYPE)
+    if cfg.DATASETS.TEST:
+        _check_sigmas(cfg)
+    idle = "; ".join(_idle_balances(cfg))
+    if train:
+        if idle and not resume:
+            raise UserError(idle)
+        check_crop(cfg)
+        if cfg.WANDB.ENABLED:
+            check_package("wandb", "WANDB.ENABLED is True: send metrics to Weights & Biases")
+    if idle:
+        logger.warning(idle)
+
+
+def check_names(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if a key names something that is in none of the registries."""
+    model = cfg.MODEL
+    for key, name, registry in (
+        ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
+    ):
+        if name not in registry:
+            names = [known for known, _ in registry]
+            close = difflib.get_close_matches(name, names, n=1) or names
+            raise UserError(f"MODEL.{key}: there is no {name!r}; did you mean {', '.join(close)}?")
+
+
+def _idle_balances(cfg: CfgNode) -> Iterator[str]:
+    """Balances that are on, but not known to the class that Detectron2 builds from this config.
+
+    What classes of others know is only seen in the model:
+    :func:`balanced_d2.modeling.check_balanced`.
+    """
+    model = cfg.MODEL
+    meta_architecture = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
+    heads = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
+    is_retinanet = issubclass(meta_architecture, RetinaNet)
+    if model.BALANCED_FPN.ENABLED and _is_detectron2s(BACKBONE_REGISTRY.get(model.BACKBONE.NAME)):
+        ours = f"build_balanced_{'retinanet_' if is_retinanet else ''}fpn_backbone"
+        yield (
+            f"MODEL.BALANCED_FPN.ENABLED is True, but MODEL.BACKBONE.NAME {model.BACKBONE.NAME} "
+            f"balances nothing; set it to {ours}, or ENABLED to False"
+        )
+    for key, value in _set_for_heads(cfg):
+        if is_retinanet:
+            yield (
+                f"{key} is {value!r}, but {model.META_ARCHITECTURE} has no RoI heads; remove it "
+                "(configs/Balanced-RetinaNet.yaml turns on what RetinaNet has)"
+            )
+        elif _is_detectron2s(heads):
+            yield (
+                f"{key} is {value!r}, which MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not "
+                "know; set that to BalancedROIHeads or BalancedCascadeROIHeads"
+            )
+    loss = model.RETINANET.BBOX_REG_LOSS_TYPE
+    if loss not in DETECTRON2_LOSSES and _is_detectron2s(meta_architecture):
+        advice = (
+            "set that to BalancedRetinaNet"
+            if is_retinanet
+            else "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is the key of R-CNN"
+        )
+        yield (
+            f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE is {loss!r}, which MODEL.META_ARCHITECTURE "
+            f"{model.META_ARCHITECTURE} does not know; {advice}"
+        )
+
+
+def _set_for_heads(cfg: CfgNode) -> Iterator[Tuple[str, str]]:
+    """The balances of RoI heads that are on: key and value."""
+    heads, loss = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
+    for key in ("NEGATIVE_SAMPLER", "POSITIVE_SAMPLER"):
+        if heads[key] != "random":
+            yield f"MODEL.ROI_HEADS.{key}", heads[key]
+    if loss not in DETECTRON2_LOSSES:
+        yield "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss
+
+
+def _is_detectron2s(entry) -> bool:
+    return entry.__module__.startswith("detectron2.")
+
+
+def check_weights(cfg: CfgNode, purpose: str = "") -> None:
+    """Raise :class:`UserError` if ``MODEL.WEIGHTS`` is set to no file, or is not set but needed.
+
+    Args:
+        purpose: what cannot be done without trained weights, such as "export".
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if purpose and not weights:
+        raise UserError(f"nothing to {purpose}: set MODEL.WEIGHTS to a checkpoint")
+    # A query, as in x.pth?matching_heuristics=True, is for the checkpointer.
+    if weights and "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
+        raise UserError(f"MODEL.WEIGHTS: there is no file {weights}")
+
+
+def drop_late_steps(cfg: CfgNode) -> None:
+    """Remove steps of the learning rate that lie beyond the end of the training, with a warning.
+
+    A config that is tried for a few iterations has them. Detectron2 does the same, but fails at a
+    step on the last iteration.
+    """
+    solver = cfg.SOLVER
+    late = [step for step in solver.STEPS if step >= solver.MAX_ITER]
+    if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        logger.warning(
+            f"SOLVER.STEPS: {', '.join(map(str, late))} dropped, since training ends at "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER}: the learning rate does not fall there"
+        )
+        solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
+
+
+def check_crop(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if polygons are to be cropped, but not by what is installed."""
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        check_package("shapely", "INPUT.CROP.ENABLED with masks: crop polygons")
+
+
+def _check_sigmas(cfg: CfgNode) -> None:
+    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.MODEL.KEYPOINT_ON and number != (len(sigmas) or 17):
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but needs one for each of the "
+            f"{number} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS); only for COCO's 17 it "
+            "can be empty"
+        )

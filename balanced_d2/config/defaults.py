@@ -1,0 +1,63 @@
+"""Every config key of the project, with its reason."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_balanced_config(cfg: CN) -> None:
+    """Add the keys of balanced_d2 to a Detectron2 config, with all balances off. No key that is
+    there changes; ``configs/Balanced.yaml`` turns the balances on."""
+    # Balanced feature pyramid, for the builders `build_balanced_*fpn_backbone`.
+    cfg.MODEL.BALANCED_FPN = CN()
+    # The backbone that `build_balanced_fpn_backbone` and `build_balanced_retinanet_fpn_backbone`
+    # build the pyramid on: any name of Detectron2's BACKBONE_REGISTRY.
+    cfg.MODEL.BALANCED_FPN.BOTTOM_UP = "build_resnet_backbone"
+    # Whether the pyramid is balanced; if not, the same builders give Detectron2's plain FPN.
+    cfg.MODEL.BALANCED_FPN.ENABLED = False
+    # The level, counted from the finest, at whose resolution the levels are averaged and refined:
+    # 2 for P2-P6, 1 for P3-P7 (stride 16 in both).
+    cfg.MODEL.BALANCED_FPN.REFINE_LEVEL = 2
+    # What refines the averaged features: "none", "conv" (3x3), "non_local" (the paper's) or
+    # "non_local_pooled", the same with keys pooled by 2, which is cheaper.
+    cfg.MODEL.BALANCED_FPN.REFINE_TYPE = "non_local"
+    # Of P3-P7: whether there is a ReLU between P6 and P7 (in MMDetection there is none).
+    cfg.MODEL.BALANCED_FPN.P7_RELU = True
+
+    # Sampling of proposals, for BalancedROIHeads.
+    # Negatives: "random" as in Detectron2, "iou_balanced", evenly over bins of IoU, or any other
+    # entry of NEGATIVE_SAMPLERS.
+    cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
+    # Positives: "random" as in Detectron2, "instance_balanced", evenly over the ground truth, or
+    # any other entry of POSITIVE_SAMPLERS.
+    cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
+    # Into how many bins the IoU of negatives is split.
+    cfg.MODEL.ROI_HEADS.NUM_BINS = 3
+
+    # Of Balanced L1, for BBOX_REG_LOSS_TYPE "balanced_l1" of MODEL.ROI_BOX_HEAD (with
+    # BalancedROIHeads or BalancedCascadeROIHeads) and of MODEL.RETINANET (with BalancedRetinaNet).
+    for node, beta in ((cfg.MODEL.ROI_BOX_HEAD, 1.0), (cfg.MODEL.RETINANET, 0.11)):
+        # How much the gradient of inliers rises: the smaller, the more.
+        node.BALANCED_L1_ALPHA = 0.5
+        # The gradient of outliers.
+        node.BALANCED_L1_GAMMA = 1.5
+        # Where outliers begin, in units of the (weighted) box deltas.
+        node.BALANCED_L1_BETA = beta
+
+    # The share of the images that RandomSubsetTrainingSampler takes; Detectron2 has no default.
+    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+
+    # Whether training goes on without images that cannot be read, and without how many at most.
+    cfg.DATALOADER.SKIP_BAD_IMAGES = False
+    cfg.DATALOADER.MAX_BAD_IMAGES = 100
+
+    # How many images of each test data set TensorBoard shows with ground truth and detections,
+    # every time a training evaluates; 0: none.
+    cfg.TEST.NUM_IMAGES_SHOWN = 4
+
+    # Weights & Biases, which has to be installed (`pip install wandb`): whether what TensorBoard
+    # gets is sent there too, to which project and under which name (by default one that it gives).
+    cfg.WANDB = CN({"ENABLED": False, "PROJECT": "balanced_d2", "NAME": ""})
+
+    # Of BalancedRetinaNet: whether boxes are clipped to the image before non-maximum suppression
+    # too, as in MMDetection.
+    cfg.MODEL.RETINANET.CLIP_BEFORE_NMS = False

@@ -1,0 +1,90 @@
+"""LazyConfig files: loading with errors that name the key, and what the trainer reads of them."""
+
+from typing import ContextManager, Sequence
+
+from detectron2.config import CfgNode, LazyConfig
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from balanced_d2.config.yaml_config import load_config
+from balanced_d2.utils.errors import UserError, raise_user_errors
+
+PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+
+def is_lazy(config_file: str) -> bool:
+    """Whether a config file is a LazyConfig, and not YAML, by its name."""
+    return config_file.endswith(".py")
+
+
+def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
+    """A LazyConfig file, changed by options of the form ``key=value``.
+
+    Returns:
+        A config with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``, as
+        Detectron2's own LazyConfigs have them.
+
+    Raises:
+        UserError: naming the file or key that is wrong.
+    """
+    with _mistakes_in(f"config file {config_file}"):
+        cfg = LazyConfig.load(config_file)
+    missing = [part for part in PARTS if part not in cfg]
+    if missing:
+        raise UserError(f"config file {config_file}: it defines no {' and no '.join(missing)}")
+    for opt in opts:
+        if "=" not in opt:
+            raise UserError(f"options of a .py config come as key=value; {opt!r} has no =")
+        with _mistakes_in(f"command line: {opt}"):
+            LazyConfig.apply_overrides(cfg, [opt])
+    return cfg
+
+
+def trainer_config(lazy: DictConfig) -> CfgNode:
+    """The keys of a YAML config that a LazyConfig answers in its own way, for the same trainer.
+
+    Raises:
+        UserError: if the LazyConfig lacks one of them.
+    """
+    with _mistakes_in("config file"):
+        train, loader = lazy.train, lazy.dataloader
+        mapper = loader.train.get("mapper") or {}
+        if "roi_heads" in lazy.model:
+            architecture, key = "GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES"
+            num_classes = lazy.model.roi_heads.num_classes
+        else:
+            architecture, key = "RetinaNet", "MODEL.RETINANET.NUM_CLASSES"
+            num_classes = lazy.model.num_classes
+        values = {
+            "MODEL.META_ARCHITECTURE": architecture,
+            key: num_classes,
+            "MODEL.DEVICE": train.device,
+            "MODEL.WEIGHTS": train.init_checkpoint,
+            "DATASETS.TRAIN": _names(loader.train.dataset.names),
+            "DATASETS.TEST": _names(loader.test.dataset.names),
+            "INPUT.CROP.ENABLED": "Crop" in str(mapper.get("augmentations")),
+            "INPUT.MASK_FORMAT": mapper.get("instance_mask_format", "polygon"),
+            "MODEL.MASK_ON": mapper.get("use_instance_mask", False),
+            "OUTPUT_DIR": train.output_dir,
+            "SOLVER.MAX_ITER": train.max_iter,
+            "SOLVER.STEPS": (),  # its schedule is lr_multiplier
+            "SOLVER.CHECKPOINT_PERIOD": train.checkpointer.period,
+            "SOLVER.AMP.ENABLED": train.amp.enabled,
+            "TEST.EVAL_PERIOD": train.eval_period,
+        }
+    return load_config("", [part for item in values.items() for part in item])
+
+
+def _names(names) -> tuple:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _mistakes_in(source: str) -> ContextManager[None]:
+    # The file is Python, which can raise anything.
+    return raise_user_errors(source, Exception, explain=_explain)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OmegaConfBaseException):
+        return str(error).splitlines()[0]
+    return f"{type(error).__name__}: {error}"

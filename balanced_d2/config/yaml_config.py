@@ -1,0 +1,69 @@
+"""YAML configs, with errors that name the key."""
+
+import difflib
+import re
+from typing import Iterator, Sequence
+
+import yaml
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from balanced_d2.config.checks import check_names
+from balanced_d2.config.defaults import add_balanced_config
+from balanced_d2.utils.errors import UserError, raise_user_errors
+
+# What a mistake in a config ends in, within yacs and the YAML parser.
+MISTAKES = (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError)
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
+    """Detectron2's defaults and this project's, then a YAML file, then ``KEY VALUE`` pairs.
+
+    Raises:
+        UserError: naming the file or key that is wrong.
+    """
+    cfg = get_cfg()
+    add_balanced_config(cfg)
+
+    def explain(error: Exception) -> str:
+        return _explain(error, cfg)
+
+    if config_file:
+        with raise_user_errors(f"config file {config_file}", *MISTAKES, explain=explain):
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+    if len(opts) % 2:
+        raise UserError(f"config options come as KEY VALUE pairs; {opts[-1]!r} has no value")
+    with raise_user_errors("command line", *MISTAKES, explain=explain):
+        cfg.merge_from_list(list(opts))
+    check_names(cfg)
+    return cfg
+
+
+def _explain(error: Exception, cfg: CN) -> str:
+    """What yacs or the YAML parser says of a wrong key or value, in words for the user."""
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(f"not valid YAML: {error}".split())
+    message = str(error.args[0]) if error.args else type(error).__name__
+    unknown = re.match(r"Non-existent (?:config )?key: (\S+)", message)
+    if unknown:
+        close = difflib.get_close_matches(unknown[1], _keys(cfg), n=1)
+        return f"there is no key {unknown[1]}" + (f"; did you mean {close[0]}?" if close else "")
+    mismatch = re.match(
+        r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values \((.*) vs. (.*)\) "
+        r"for config key: (\S+)",
+        message,
+        re.DOTALL,
+    )
+    if mismatch:
+        expected, got, old, new, key = mismatch.groups()
+        message = f"{key} is {new} ({got}), but it has to be of type {expected}, such as {old}"
+        if key.startswith("DATASETS.") and (expected, got) == ("tuple", "str"):
+            message += f"; write ('{new}',), with the comma"
+    return message
+
+
+def _keys(node: CN, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CN):
+            yield from _keys(value, f"{prefix}{key}.")

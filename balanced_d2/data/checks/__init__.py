@@ -1,0 +1,1 @@
+"""Checks of data sets, each of what the one before has let through."""

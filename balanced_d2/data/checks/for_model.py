@@ -1,0 +1,212 @@
+"""Checks of a config and its data sets before anything is built."""
+
+import os
+from typing import Dict, Iterator, List, Optional, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from balanced_d2.data.checks.coco_file import check_coco
+from balanced_d2.data.checks.records import Finding, clean, found, label_of, tell
+from balanced_d2.data.classes import check_classes
+from balanced_d2.data.datasets.coco import annotation_errors_in
+from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.progress import WithBar
+
+
+def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -> None:
+    """Check that all data sets of a config can be loaded and match the model.
+
+    Every data set is loaded once, so that a broken test set is found before the training and not
+    after it. What :func:`balanced_d2.data.checks.records.clean` drops or clips is warned of.
+
+    Args:
+        train: whether ``DATASETS.TRAIN`` is going to be used.
+        annotations: whether the annotations are looked at. Without it, data sets still have to
+            be there, to load and to have the model's number of classes.
+
+    Raises:
+        UserError: naming the data set and all that is wrong with it.
+    """
+    trained, evaluated = _names(cfg, "TRAIN") if train else (), _names(cfg, "TEST")
+    if train and not trained:
+        raise UserError("DATASETS.TRAIN is empty: there is nothing to train on")
+    if not train and not evaluated:
+        raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on")
+    usable = 0
+    names = list(dict.fromkeys((*trained, *evaluated)))
+    for name in names:
+        check_registered(name)
+    for name in WithBar(names, desc="checking data", unit="data set"):
+        check_files(name)
+        json_file = coco_file(name)
+        if annotations and json_file:
+            found = check_coco(name, json_file, evaluated=name in evaluated)
+            # The others are those that loading drops and warns of.
+            tell(name, [finding for finding in found if finding.refused], json_file)
+        records = load(name)
+        if not records:
+            raise UserError(f"data set {name!r} has no images")
+        check_classes(name, cfg)
+        if annotations:
+            records = clean(name, records)
+            tell(name, model_findings(cfg, name, records, name in trained))
+            if name in trained:
+                usable += sum(1 for _ in _usable(records))
+    if trained and annotations and not usable:
+        raise UserError(
+            f"DATASETS.TRAIN ({', '.join(trained)}): there is no usable annotation to train on"
+        )
+
+
+def _names(cfg: CfgNode, key: str) -> Tuple[str, ...]:
+    names = cfg.DATASETS[key]
+    if isinstance(names, str):
+        raise UserError(
+            f"DATASETS.{key} is the string {names!r}, but has to be a tuple of names: write "
+            f"({names!r},), with the comma"
+        )
+    return tuple(names)
+
+
+def load(name: str) -> List[Dict]:
+    """The records of a registered data set.
+
+    Raises:
+        UserError: if that fails by the annotations, or for want of a package.
+    """
+    source = MetadataCatalog.get(name).get("json_file", "its source")
+    try:
+        with annotation_errors_in(name, source):
+            return DatasetCatalog.get(name)
+    except ModuleNotFoundError as error:
+        # lvis would bring opencv-python beside another build of OpenCV; the rest of what it
+        # requires is there.
+        package = "--no-deps lvis" if error.name == "lvis" else error.name
+        raise UserError(
+            f"data set {name!r} cannot be loaded without the package {error.name}; run: "
+            f"pip install {package}"
+        ) from error
+
+
+def coco_file(name: str) -> Optional[str]:
+    """The annotation file of a data set in COCO's format, None for any other data set."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "coco" or metadata.get("generated"):
+        return None
+    return metadata.get("json_file")
+
+
+def check_registered(name: str) -> None:
+    """Raise :class:`UserError` if there is no data set of that name."""
+    if name not in DatasetCatalog:
+        raise UserError(
+            f"data set {name!r} is not registered; a COCO-format data set can be registered with "
+            f"--register {name} ANNOTATIONS.json IMAGE_DIR"
+        )
+
+
+def check_files(name: str) -> None:
+    """Raise :class:`UserError` if a file or folder that the metadata names is not there.
+
+    Loaders of Detectron2's built-in data sets do not say what is missing.
+    """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("generated"):
+        return
+    for key in ("json_file", "image_root", "dirname"):
+        path = metadata.get(key)
+        if path and "://" not in path and not os.path.exists(path):
+            raise UserError(
+                f"data set {name!r}: {path} does not exist (built-in data sets are looked for in "
+                "$DETECTRON2_DATASETS, by default ./datasets)"
+            )
+
+
+def _usable(records: List[Dict]) -> Iterator[Tuple[Dict, Dict]]:
+    """Records with each of their annotations that training uses: not those of crowds."""
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if not annotation.get("iscrowd", 0):
+                yield record, annotation
+
+
+def model_findings(cfg: CfgNode, name: str, records: List[Dict], trained: bool) -> List[Finding]:
+    """What is missing in the annotations of a data set for the model of a config.
+
+    Args:
+        records: as :func:`balanced_d2.data.checks.records.clean` returns them.
+        trained: whether the data set is trained on.
+    """
+    # Pascal VOC's boxes, for one, can evaluate a model with masks.
+    if not trained and MetadataCatalog.get(name).get("evaluator_type") not in ("coco", "lvis"):
+        return []
+    usable = list(_usable(records))
+    findings = []
+    if cfg.MODEL.MASK_ON:
+        findings += _mask_findings(cfg, usable, trained)
+    if cfg.MODEL.KEYPOINT_ON:
+        findings += _keypoint_findings(cfg, name, usable, trained)
+    return findings
+
+
+def _mask_findings(cfg: CfgNode, usable: List[Tuple[Dict, Dict]], trained: bool) -> List[Finding]:
+    masks = [(r, a) for r, a in usable if _has(a, "segmentation")]
+    polygons_only = trained and cfg.INPUT.MASK_FORMAT == "polygon"
+    return [
+        *found(
+            "refused",
+            "annotation(s) have no segmentation, but MODEL.MASK_ON is True",
+            [(r, a) for r, a in usable if not _has(a, "segmentation")],
+            lambda item: label_of(*item),
+            "add them or set MODEL.MASK_ON to False",
+        ),
+        *found(
+            "refused",
+            "annotation(s) have a mask, but INPUT.MASK_FORMAT is polygon",
+            [(r, a) for r, a in masks if polygons_only and not isinstance(a["segmentation"], list)],
+            lambda item: label_of(*item),
+            "set INPUT.MASK_FORMAT to bitmask",
+        ),
+    ]
+
+
+def _keypoint_findings(
+    cfg: CfgNode, name: str, usable: List[Tuple[Dict, Dict]], trained: bool
+) -> List[Finding]:
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    with_keypoints = [(r, a) for r, a in usable if _has(a, "keypoints")]
+    if usable and not with_keypoints:
+        raise UserError(
+            f"data set {name!r}: no annotation has keypoints, but MODEL.KEYPOINT_ON is True; add "
+            "them or set MODEL.KEYPOINT_ON to False"
+        )
+    if trained and usable and MetadataCatalog.get(name).get("keypoint_names") is None:
+        raise UserError(
+            f"data set {name!r}: its keypoints have no names; add them to the categories of the "
+            "annotation file, or to the metadata (keypoint_names, keypoint_flip_map)"
+        )
+    # Detectron2 leaves out images without keypoints, and fails on those with some.
+    images = {id(record) for record, _ in with_keypoints}
+    return [
+        *found(
+            "refused",
+            "annotation(s) have no keypoints, but others of their image do",
+            [(r, a) for r, a in usable if id(r) in images and not _has(a, "keypoints")],
+            lambda item: label_of(*item),
+            "write invisible ones as 0, 0, 0",
+        ),
+        *found(
+            "refused",
+            "annotation(s) have another number of keypoints than "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, which is {num_keypoints}",
+            [(r, a) for r, a in with_keypoints if len(a["keypoints"]) != 3 * num_keypoints],
+            lambda item: f"{label_of(*item)} ({len(item[1]['keypoints']) // 3})",
+            "set it to their number",
+        ),
+    ]
+
+
+def _has(annotation: Dict, part: str) -> bool:
+    value = annotation.get(part)
+    return value is not None and len(value) > 0

@@ -1,0 +1,44 @@
+"""The project's own data sets, registered as Detectron2 registers its built-in ones.
+
+``$DETECTRON2_DATASETS`` (default: ``./datasets``) is the folder that holds them. A name that the
+user has registered before stays the user's.
+"""
+
+import os
+from functools import partial
+
+from detectron2.data import DatasetCatalog
+
+from balanced_d2.data.datasets.coco import register_coco
+from balanced_d2.data.datasets.shapes import CLASSES, SPLITS, ensure_shapes
+
+
+def register_bccd(root: str) -> None:
+    """BCCD, blood cells: ``root/bccd/{images/,train.json,val.json}``."""
+    folder = os.path.join(root, "bccd")
+    for split in ("train", "val"):
+        name = f"bccd_{split}"
+        if name not in DatasetCatalog:
+            json_file = os.path.join(folder, f"{split}.json")
+            register_coco(name, json_file, os.path.join(folder, "images"))
+
+
+def register_balanced_shapes(root: str) -> None:
+    """Synthetic shapes, drawn into ``root/balanced_shapes`` the first time they are used."""
+    folder = os.path.join(root, "balanced_shapes")
+    for split in SPLITS:
+        name = f"balanced_shapes_{split}"
+        if name not in DatasetCatalog:
+            register_coco(
+                name,
+                os.path.join(folder, f"{split}.json"),
+                os.path.join(folder, split),
+                prepare=partial(ensure_shapes, folder),
+                thing_classes=list(CLASSES),
+                generated=True,
+            )
+
+
+_root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+register_bccd(_root)
+register_balanced_shapes(_root)

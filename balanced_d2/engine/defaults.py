@@ -1,0 +1,121 @@
+"""What happens before training or evaluation starts: arguments, config, log, device."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Tuple, Type
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from balanced_d2.config import load_config
+from balanced_d2.config.checks import check_config, check_weights, drop_late_steps
+from balanced_d2.config.lazy import is_lazy, load_lazy_config, trainer_config
+from balanced_d2.data.checks.for_model import check_datasets
+from balanced_d2.data.datasets.register import add_register_argument, register_from
+from balanced_d2.engine.lazy import lazy_trainer
+from balanced_d2.engine.trainer import BalancedTrainer
+from balanced_d2.evaluation.evaluators import check_evaluator
+from balanced_d2.utils.errors import UserError
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, ``--register`` and ``--skip-data-check``."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--skip-data-check",
+        action="store_true",
+        help="do not look for mistakes in the annotations",
+    )
+    add_register_argument(parser)
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config-file``, ``--register`` and ``KEY VALUE`` pairs, for :func:`config_from`."""
+    parser.add_argument("--config-file", required=True, metavar="FILE.yaml")
+    add_register_argument(parser)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options"
+    )
+
+
+def config_from(args: argparse.Namespace) -> CfgNode:
+    """Register the user's data sets and load the config, for programs that do not train.
+
+    Args:
+        args: parsed with :func:`add_model_arguments`.
+
+    Raises:
+        UserError: on anything in them that is the user's to mend.
+    """
+    if is_lazy(args.config_file):
+        raise UserError(
+            f"config file {args.config_file}: a LazyConfig can be trained and evaluated, but this "
+            "program takes YAML configs"
+        )
+    register_from(args)
+    return load_config(args.config_file, args.opts)
+
+
+def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
+    """Register the user's data sets, load the config, start the log and check the data.
+
+    To be called in every process: data sets are registered per process.
+
+    Args:
+        args: parsed by :func:`argument_parser`.
+
+    Returns:
+        The class of the trainer, and the config for it, frozen. Of a LazyConfig that holds only
+        what the trainer reads; the rest is in the class.
+
+    Raises:
+        UserError: on anything in the arguments, the config or the data that is the user's to mend.
+    """
+    register_from(args)
+    if is_lazy(args.config_file):
+        to_save = lazy = load_lazy_config(args.config_file, args.opts)
+        trainer, cfg = lazy_trainer(lazy), trainer_config(lazy)
+    else:
+        to_save = cfg = load_config(args.config_file, args.opts)
+        trainer = BalancedTrainer
+    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
+        raise UserError(
+            "nothing to evaluate: set MODEL.WEIGHTS (train.init_checkpoint in a .py config) to a "
+            "checkpoint, or add --resume for the last one in OUTPUT_DIR"
+        )
+    resuming = args.resume and any(Path(cfg.OUTPUT_DIR).glob("*.pth"))
+    if not resuming:
+        check_weights(cfg)
+    try:
+        # As default_setup does, which gets the same loggers.
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_d2")
+    except OSError as error:
+        raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
+    use_available_device(cfg)
+    if not args.eval_only:
+        drop_late_steps(cfg)
+    cfg.freeze()
+    check_config(cfg, train=not args.eval_only, resume=resuming)
+    check_datasets(cfg, train=not args.eval_only, annotations=not args.skip_data_check)
+    for name in cfg.DATASETS.TEST:
+        check_evaluator(name)
+    default_setup(to_save, args)  # last, since it replaces the config.yaml that is there
+    return trainer, cfg
+
+
+def use_available_device(cfg: CfgNode) -> None:
+    """Without CUDA on the machine, set ``cfg`` to the CPU in full precision, and say so."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return
+    message = "no CUDA on this machine: running on the CPU"
+    if cfg.SOLVER.AMP.ENABLED:
+        message += ", in full precision (mixed precision needs CUDA)"
+    logging.getLogger(__name__).warning(message)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SOLVER.AMP.ENABLED = False

@@ -1,0 +1,88 @@
+"""Run a program's main function, in one process or several."""
+
+import argparse
+import os
+import sys
+from typing import Callable
+
+import torch
+from detectron2.engine import launch
+from torch import distributed
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from balanced_d2.utils.compat import create_local_process_group
+from balanced_d2.utils.errors import UserError, report_user_errors
+
+Main = Callable[[argparse.Namespace], object]
+
+
+def run(main: Main, args: argparse.Namespace) -> int:
+    """Run ``main(args)`` and tell its user errors.
+
+    Under ``torchrun`` it runs in each of the processes that were started, on GPUs if there are any
+    and on CPUs otherwise; when ``torchrun`` starts them anew after a failure, with ``args.resume``
+    set. Otherwise Detectron2's launcher starts ``args.num_gpus`` processes.
+
+    Args:
+        main: called in each process.
+        args: as parsed by :func:`balanced_d2.engine.argument_parser`.
+
+    Returns:
+        The exit code for the program.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return report_user_errors(_join_torchrun, main, args)
+    return report_user_errors(_launch, main, args)
+
+
+def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
+    local_rank, num_local = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
+    if torch.cuda.is_available():
+        if num_local > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node is {num_local}, but this machine has "
+                f"{torch.cuda.device_count()} GPU(s)"
+            )
+        torch.cuda.set_device(local_rank)
+    num_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    store, rank, num_processes = next(distributed.rendezvous("env://"))
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        # The store outlives a restart, with the addresses of processes that are no more.
+        store=distributed.PrefixStore(f"start {num_restarts}", store),
+        rank=rank,
+        world_size=num_processes,
+    )
+    try:
+        create_local_process_group(num_local)
+        if num_restarts > 0:
+            args.resume = True
+        main(args)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _launch(main: Main, args: argparse.Namespace) -> None:
+    if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
+        raise UserError(
+            "--num-gpus and --num-machines need CUDA, which this machine has not; on CPUs run: "
+            f"torchrun --local-addr 127.0.0.1 --nproc-per-node {args.num_gpus} {sys.argv[0]} ..."
+        )
+    try:
+        launch(
+            _main_worker,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args),
+        )
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)  # the worker has told why
+
+
+def _main_worker(main: Main, args: argparse.Namespace) -> None:
+    """What each process runs: it tells its own errors, since only its exit code leaves it."""
+    exit_code = report_user_errors(main, args)
+    if exit_code:
+        sys.exit(exit_code)

@@ -1,0 +1,101 @@
+"""The evaluator of a data set, by its ``evaluator_type``."""
+
+import logging
+import types
+from typing import Dict, Sequence
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+
+from balanced_d2.utils.errors import UserError
+
+
+class _COCOEvaluator(COCOEvaluator):
+    """Detectron2's, with an AP of 0 where nothing was detected, which it calls NaN."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return results if coco_eval is not None else _zeros(results, iou_type, self._logger)
+
+
+class _LVISEvaluator(LVISEvaluator):
+    """Detectron2's, with an AP of 0 where nothing was detected, which it calls NaN."""
+
+    def _eval_predictions(self, predictions):
+        super()._eval_predictions(predictions)
+        if not any(prediction["instances"] for prediction in predictions):
+            for task, results in self._results.items():
+                self._results[task] = _zeros(results, task, self._logger)
+
+
+def _zeros(results: Dict[str, float], task: str, logger: logging.Logger) -> Dict[str, float]:
+    logger.warning(f"nothing was detected: every AP of {task} is 0")
+    return dict.fromkeys(results, 0.0)
+
+
+def _coco(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
+    return _COCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
+
+
+def _lvis(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
+    _patch_lvis()
+    return _LVISEvaluator(name, output_dir=output_dir)
+
+
+def _patch_lvis() -> None:
+    """Let ``lvis`` (0.5.3, its last release) run on current NumPy, where ``np.float`` is gone.
+
+    Only the module ``lvis.eval`` sees the alias; NumPy itself is not changed.
+    """
+    try:
+        import lvis.eval
+    except ImportError:  # an optional package; Detectron2's evaluator says how to get it
+        return
+    if hasattr(lvis.eval.np, "float"):
+        return
+    numpy = types.ModuleType("numpy")
+    numpy.__dict__.update(lvis.eval.np.__dict__, float=float)
+    lvis.eval.np = numpy
+
+
+def _pascal_voc(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
+    return PascalVOCDetectionEvaluator(name)
+
+
+EVALUATORS = {"coco": _coco, "lvis": _lvis, "pascal_voc": _pascal_voc}
+
+
+def check_evaluator(dataset_name: str) -> str:
+    """The ``evaluator_type`` of a data set.
+
+    Raises:
+        UserError: if it has none, or one that is not for detection.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type not in EVALUATORS:
+        raise UserError(
+            f"data set {dataset_name!r} cannot be evaluated: its evaluator_type is "
+            f"{evaluator_type!r}, but has to be one of: {', '.join(EVALUATORS)}"
+        )
+    return evaluator_type
+
+
+def build_evaluator(
+    dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
+) -> DatasetEvaluator:
+    """Detectron2's evaluator for a data set, by the ``evaluator_type`` of its metadata.
+
+    Args:
+        output_dir: where the evaluator writes the detections.
+        kpt_oks_sigmas: of keypoints other than COCO's 17, how exactly each can be annotated
+            (``TEST.KEYPOINT_OKS_SIGMAS``).
+
+    Raises:
+        UserError: see :func:`check_evaluator`.
+    """
+    return EVALUATORS[check_evaluator(dataset_name)](dataset_name, output_dir, kpt_oks_sigmas)

@@ -1,0 +1,31 @@
+"""The method of Libra R-CNN in tensors, for any PyTorch code: nothing here needs Detectron2."""
+
+from balanced_d2.layers.balanced_l1 import BalancedL1, balanced_l1_loss
+from balanced_d2.layers.box_losses import BOX_REG_LOSSES
+from balanced_d2.layers.feature_balancer import REFINEMENTS, FeatureBalancer
+from balanced_d2.layers.non_local import NonLocal2d
+from balanced_d2.layers.sampling import (
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    IoUBalancedSampler,
+    sample_evenly,
+    sample_instance_balanced,
+    sample_iou_balanced,
+    sample_random,
+)
+
+__all__ = [
+    "BOX_REG_LOSSES",
+    "NEGATIVE_SAMPLERS",
+    "POSITIVE_SAMPLERS",
+    "REFINEMENTS",
+    "BalancedL1",
+    "FeatureBalancer",
+    "IoUBalancedSampler",
+    "NonLocal2d",
+    "balanced_l1_loss",
+    "sample_evenly",
+    "sample_instance_balanced",
+    "sample_iou_balanced",
+    "sample_random",
+]

@@ -1,0 +1,111 @@
+"""Balanced feature pyramid (Libra R-CNN, section 3.2): gather, refine, scatter."""
+
+from collections import OrderedDict
+from functools import partial
+from typing import List
+
+import torch
+from torch import nn
+
+from balanced_d2.layers.non_local import NonLocal2d
+from balanced_d2.layers.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
+from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.registry import Registry
+
+# Modules, or functions that make them, from the number of channels: (N, C, H, W) to the same shape.
+REFINEMENTS = Registry("REFINEMENTS", "MODEL.BALANCED_FPN.REFINE_TYPE")
+
+
+@REFINEMENTS.register(name="none")
+def _build_none(channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+@REFINEMENTS.register(name="conv")
+def _build_conv(channels: int) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    # As Detectron2's FPN does, whose c2_xavier_fill this is.
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU()))
+
+
+REFINEMENTS.register(NonLocal2d, name="non_local")
+REFINEMENTS.register(partial(NonLocal2d, pool_keys=True), name="non_local_pooled")
+
+
+class FeatureBalancer(nn.Module):
+    """Give every level of a feature pyramid the same balanced share of all levels.
+
+    All levels are rescaled to the resolution of one of them and averaged; the mean is refined,
+    rescaled back to every level and added to it. Rescaling is adaptive max pooling from a finer
+    and nearest-neighbour interpolation from a coarser level.
+
+    Args:
+        in_channels: number of channels of every level.
+        refine_level: index of the level, counted from the finest, whose resolution the mean has
+            (2 for P2-P6 and 1 for P3-P7: stride 16 in both).
+        refine_type: what refines the mean: ``"none"``, ``"conv"`` (3x3 convolution and ReLU),
+            ``"non_local"`` (:class:`NonLocal2d`, the paper's), ``"non_local_pooled"`` (the same
+            with pooled keys, cheaper) or another entry of ``REFINEMENTS``; or a module.
+
+    Raises:
+        UserError: on an unknown ``refine_type`` or a negative ``refine_level``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        refine_level: int = 2,
+        refine_type: str | nn.Module = "non_local",
+    ):
+        super().__init__()
+        if refine_level < 0:
+            raise UserError(
+                f"refine_level (MODEL.BALANCED_FPN.REFINE_LEVEL) is {refine_level}; it counts the "
+                "pyramid's levels from 0, the finest"
+            )
+        self.refine_level = refine_level
+        if isinstance(refine_type, str):
+            REFINEMENTS.check(refine_type)
+            self.refine = REFINEMENTS.get(refine_type)(in_channels)
+        else:
+            self.refine = refine_type
+
+    def check_levels(self, num_levels: int) -> None:
+        """Raise :class:`UserError` if a pyramid of ``num_levels`` has no level to refine at."""
+        if self.refine_level >= num_levels:
+            raise UserError(
+                f"refine_level (MODEL.BALANCED_FPN.REFINE_LEVEL) is {self.refine_level}, but the "
+                f"pyramid has {num_levels} levels; choose 0 to {num_levels - 1}"
+            )
+
+    def forward(self, features: List[torch.Tensor], inplace: bool = False) -> List[torch.Tensor]:
+        """
+        Args:
+            features: the levels from fine to coarse, each of shape (N, in_channels, H_i, W_i).
+            inplace: whether they may be overwritten, which saves time and memory.
+
+        Returns:
+            The balanced levels, of the same shapes.
+        """
+        if not torch.jit.is_scripting():
+            self.check_levels(len(features))
+        refined_level = features[self.refine_level]
+        balanced = torch.zeros_like(refined_level)
+        residuals: List[torch.Tensor] = []
+        for level, feature in enumerate(features):
+            if level < self.refine_level:
+                feature, rescaled = fork_pooled(feature, refined_level)
+            else:
+                rescaled = nearest(feature, refined_level)
+            residuals.append(feature)
+            balanced = balanced + rescaled
+        balanced = self.refine(balanced / len(features))
+        return [
+            add_nearest(residual, balanced, inplace)
+            if level < self.refine_level
+            else residual + adaptive_max_pool(balanced, residual)
+            for level, residual in enumerate(residuals)
+        ]

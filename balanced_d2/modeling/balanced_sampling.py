@@ -1,0 +1,171 @@
+"""Balanced sampling of proposals (Libra R-CNN, section 3.1) for Detectron2's RoI heads."""
+
+from typing import TYPE_CHECKING, List, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import nonzero_tuple
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+
+from balanced_d2.layers.sampling import (
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    Sampler,
+    check_bins,
+    iou_bins,
+    members,
+    sample_random,
+)
+from balanced_d2.utils.errors import UserError
+
+# On a GPU, every how many iterations the counts are logged: as often as Detectron2 writes its log.
+COUNT_PERIOD = 20
+
+
+# What the mixins use is the other base class's. Only type checkers see it as theirs: TorchScript
+# reads the annotations of the first class that has any, so they cannot be declared in a mixin.
+if TYPE_CHECKING:
+    from detectron2.modeling.roi_heads import ROIHeads as _Mixin
+else:
+    _Mixin = object
+
+
+class BalancedSamplingMixin(_Mixin):
+    """Balanced sampling of proposals, for any class derived from Detectron2's ``ROIHeads``.
+
+    Args:
+        negative_sampler: what chooses negatives by their IoU, such as :class:`IoUBalancedSampler`;
+            in configs an entry of ``NEGATIVE_SAMPLERS``.
+        positive_sampler: what chooses positives by their ground-truth instance, such as
+            :func:`sample_instance_balanced`; in configs an entry of ``POSITIVE_SAMPLERS``.
+        num_bins: number of IoU bins of the logged counts.
+        **kwargs: for the class that this one is mixed into.
+
+    Raises:
+        UserError: on a sampler that is none, or ``num_bins`` below 1.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        negative_sampler: Sampler = sample_random,
+        positive_sampler: Sampler = sample_random,
+        num_bins: int = 3,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for sampler in (negative_sampler, positive_sampler):
+            if not callable(sampler):
+                raise UserError(
+                    f"{sampler!r} is no sampler but perhaps the name of one: give the sampler "
+                    "itself, such as IoUBalancedSampler() or sample_random"
+                )
+        self.num_bins = num_bins
+        self.iou_range = negative_iou_range(self.proposal_matcher)
+        check_bins(num_bins, self.iou_range)
+        self._sample_negatives = negative_sampler
+        self._sample_positives = positive_sampler
+
+    @classmethod
+    def from_config(cls, cfg, *args, **kwargs):
+        arguments = super().from_config(cfg, *args, **kwargs)
+        node = cfg.MODEL.ROI_HEADS
+        matchers = arguments.get("proposal_matchers") or [arguments["proposal_matcher"]]
+        iou_range = negative_iou_range(matchers[0])  # of a cascade's stages, the one that samples
+        return {
+            **arguments,
+            "negative_sampler": NEGATIVE_SAMPLERS.build(
+                node.NEGATIVE_SAMPLER, node, iou_range=iou_range
+            ),
+            "positive_sampler": POSITIVE_SAMPLERS.build(node.POSITIVE_SAMPLER, node),
+            "num_bins": node.NUM_BINS,
+        }
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: List[Instances], targets: List[Instances]
+    ) -> List[Instances]:
+        """Match the proposals of each image with its ground truth and sample from them.
+
+        Detectron2's own method does not hand the IoU to its sampler, so this one takes its place.
+        The contract is the same: ``batch_size_per_image`` proposals of each image, at most
+        ``positive_fraction`` of them foreground, with their ``gt_*`` fields set. With both
+        samplers ``"random"`` it draws the same proposals from the same random state.
+
+        Logged besides Detectron2's ``roi_head/num_{fg,bg}_samples``, as the mean over the batch's
+        images, for each IoU bin k (0 is the lowest IoU, the easiest negatives):
+        ``roi_head/num_neg_bin{k}``, the sampled negatives, and
+        ``roi_head/num_neg_bin{k}_available``. On a GPU these come every 20 iterations.
+        """
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        sampled, bin_counts, num_fg, num_bg = [], [], 0, 0
+        for image_proposals, image_targets in zip(proposals, targets):
+            ious, matched, labels = self._match(image_proposals, image_targets)
+            (fg,) = nonzero_tuple(labels == 1)
+            (bg,) = nonzero_tuple(labels == 0)
+            bg_ious = ious[bg]
+
+            max_fg = int(self.batch_size_per_image * self.positive_fraction)
+            chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
+            num_negatives = self.batch_size_per_image - len(chosen_fg)
+            chosen_bg = self._sample_negatives(bg_ious, num_negatives)
+            in_bin = members(iou_bins(bg_ious, self.num_bins, self.iou_range), self.num_bins)
+            bin_counts += [in_bin[:, chosen_bg].sum(dim=1), in_bin.sum(dim=1)]
+            num_fg += len(chosen_fg)
+            num_bg += len(chosen_bg)
+
+            chosen = torch.cat([chosen_fg, bg[chosen_bg]])
+            image_sampled = image_proposals[chosen]
+            image_sampled.gt_classes = torch.full_like(chosen, self.num_classes)
+            if len(image_targets) > 0:
+                chosen_targets = image_targets[matched[chosen]]
+                image_sampled.gt_classes[: len(chosen_fg)] = chosen_targets.gt_classes[
+                    : len(chosen_fg)
+                ]
+                for name, value in chosen_targets.get_fields().items():
+                    if name.startswith("gt_") and not image_sampled.has(name):
+                        image_sampled.set(name, value)
+            sampled.append(image_sampled)
+
+        self._log_sampling(bin_counts, num_fg, num_bg, num_images=len(sampled))
+        return sampled
+
+    def _match(
+        self, proposals: Instances, targets: Instances
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Largest IoU, index of the ground truth and matcher's label of each proposal."""
+        quality = pairwise_iou(targets.gt_boxes, proposals.proposal_boxes)
+        matched, labels = self.proposal_matcher(quality)
+        if len(targets) == 0:  # then everything is background, whatever the matcher's labels
+            return quality.new_zeros(len(proposals)), matched, torch.zeros_like(labels)
+        return quality.max(dim=0).values, matched, labels
+
+    def _log_sampling(
+        self, bin_counts: List[torch.Tensor], num_fg: int, num_bg: int, num_images: int
+    ) -> None:
+        storage = get_event_storage()
+        storage.put_scalar("roi_head/num_fg_samples", num_fg / num_images)
+        storage.put_scalar("roi_head/num_bg_samples", num_bg / num_images)
+        # To read the counts, the host has to wait for the device: once for all of them, and on a
+        # GPU only where Detectron2's writers are going to look.
+        if bin_counts[0].is_cuda and (storage.iter + 1) % COUNT_PERIOD != 0:
+            return
+        means = torch.stack(bin_counts).view(num_images, 2, self.num_bins).float().mean(dim=0)
+        for k, (num_sampled, num_available) in enumerate(means.t().tolist()):
+            storage.put_scalar(f"roi_head/num_neg_bin{k}", num_sampled)
+            storage.put_scalar(f"roi_head/num_neg_bin{k}_available", num_available)
+
+
+def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:
+    """The IoU, within [0, 1], of the proposals that a matcher labels 0 (negative).
+
+    With Detectron2's default thresholds that is (0, 0.5), the paper's.
+    """
+    intervals = zip(matcher.thresholds[:-1], matcher.thresholds[1:], matcher.labels)
+    negative = [(low, high) for low, high, label in intervals if label == 0]
+    return max(0.0, min(low for low, _ in negative)), min(1.0, max(high for _, high in negative))

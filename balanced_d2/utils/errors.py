@@ -1,0 +1,100 @@
+"""Errors that the user can fix, and how programs report them."""
+
+import importlib.util
+import signal
+import sys
+from contextlib import contextmanager
+from typing import Callable, Collection, Iterator, Sequence, Type
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a config, an argument, a file, an annotation.
+
+    The message says which one, what is wrong and what to do. Programs show it as one line without
+    a traceback; library code sees an ordinary ``ValueError``.
+    """
+
+
+class StopTraining(BaseException):
+    """Ends a training for a reason that needs no traceback.
+
+    Not an ``Exception``, since Detectron2's training loop logs a traceback of those.
+
+    Args:
+        message: for the user.
+        exit_code: of the program.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_USER_ERROR):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def raise_user_errors(
+    source: str, *kinds: Type[Exception], explain: Callable[[Exception], str] = str
+) -> Iterator[None]:
+    """Within it, exceptions become :class:`UserError`: "source: what is wrong".
+
+    Args:
+        source: the file, option or data set that is at fault.
+        *kinds: of exceptions, besides OSError, which is a file that cannot be read.
+        explain: what the message says of them.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{source}: cannot read {error.filename}: {reason}") from error
+    except kinds as error:
+        raise UserError(f"{source}: {explain(error)}") from error
+
+
+def first_of(problems: Sequence[str], number: int = 3) -> str:
+    """The first few of many problems as one text, with how many more there are."""
+    more = f" and {len(problems) - number} more" if len(problems) > number else ""
+    return "; ".join(problems[:number]) + more
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise :class:`UserError` if ``value`` is none of ``choices``. ``name`` says what it is."""
+    if value not in choices:
+        raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
+
+
+def check_package(module: str, needed_by: str) -> None:
+    """Raise :class:`UserError` if an optional package is not installed.
+
+    Args:
+        module: its name, to import and to install.
+        needed_by: what in the config asks for it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{needed_by}, which needs the package {module}; run: pip install {module}")
+
+
+def report_user_errors(main: Callable, *args) -> int:
+    """Call ``main(*args)``; print a :class:`UserError` as one line on standard error.
+
+    Returns:
+        The exit code for the program: 0, 2 after an error, that of a :class:`StopTraining`, or 130
+        after Ctrl-C.
+    """
+    try:
+        main(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except StopTraining as stop:
+        is_error = stop.exit_code == EXIT_USER_ERROR
+        print(f"error: {stop}" if is_error else stop, file=sys.stderr, flush=True)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    return 0

@@ -1,0 +1,69 @@
+"""Files that are there whole or not at all."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from typing import IO, Iterator
+
+from balanced_d2.utils.errors import UserError
+
+
+def check_writable(path: str, what: str = "the folder") -> None:
+    """Make the folder of ``path``; raise :class:`UserError` if it cannot be written to.
+
+    Args:
+        what: what the message calls the folder.
+    """
+    folder = os.path.dirname(path) or "."
+    with raise_if_unwritable(f"{what} {folder}"):
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Give the name of a temporary file which becomes ``path`` at the end, if nothing is raised.
+
+    Raises:
+        UserError: if the folder of ``path`` cannot be written to.
+    """
+    folder, name = os.path.split(path)
+    with raise_if_unwritable(f"the folder {folder or '.'}"):
+        # The file has its final name from the start: PyTorch writes it into the file.
+        temporary = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder or ".")
+    with temporary as temporary_folder:
+        file = os.path.join(temporary_folder, name)
+        yield file
+        os.replace(file, path)
+
+
+@contextmanager
+def open_replacing(path: str, mode: str, **kwargs) -> Iterator[IO]:
+    """Open ``path`` for writing; it is replaced at the end, when all is on disk.
+
+    Safe against a crash at any instant, which :func:`replacing` is not. What an interrupted write
+    leaves behind ends in ``.partial``, and the next one replaces it.
+
+    Args:
+        mode, **kwargs: as for ``open``.
+    """
+    partial = f"{path}.partial"
+    with open(partial, mode, **kwargs) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def raise_if_unwritable(what: str) -> Iterator[None]:
+    """Turn an OSError within it into :class:`UserError`. ``what`` is what cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {what}: {error.strerror}") from error

@@ -1,0 +1,36 @@
+"""Detectron2 and OpenCV, which pip does not bring: what to run where one is missing.
+
+Imported first by every part of the package that needs them.
+
+Raises:
+    ImportError: if one is missing or does not import.
+"""
+
+import warnings
+
+try:
+    import detectron2
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "Detectron2 is not installed; run: python tools/install_detectron2.py", name="detectron2"
+    ) from error
+
+try:
+    import cv2  # noqa: F401  # Detectron2's own error would not say which package to install
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "OpenCV is not installed; run: pip install opencv-python (on a machine without a desktop: "
+        "opencv-python-headless)",
+        name="cv2",
+    ) from error
+except ImportError as error:
+    raise ImportError(
+        f"OpenCV does not import here ({error}); its build without windows needs less. Run: "
+        "pip uninstall -y opencv-python, then pip install opencv-python-headless",
+        name="cv2",
+    ) from error
+
+# Both Detectron2 0.6 and main script some of their functions when they are imported.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", r".*torch\.jit\..* is (deprecated|not supported)")
+    import detectron2.modeling  # noqa: F401

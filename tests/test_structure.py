@@ -1,0 +1,76 @@
+"""The package's parts import only from floors below them: CONTRIBUTING.md."""
+
+import ast
+from pathlib import Path
+
+import balanced_d2
+
+from .conftest import run_program
+
+PACKAGE = Path(balanced_d2.__file__).parent
+FLOORS = (
+    {"utils"},
+    {"layers", "checkpoint"},
+    {"modeling"},
+    {"config", "data"},
+    {"evaluation", "analysis", "export"},
+    {"visualization"},
+    {"engine"},
+)
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+APART = {"installation"}  # runs before the package can be imported
+
+
+def imports(file: Path):
+    """Names of the modules that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parts_of_imports(part: str):
+    for file in sorted((PACKAGE / part).rglob("*.py")):
+        for name in imports(file):
+            package, _, rest = name.partition(".")
+            if package == "balanced_d2" and rest:
+                yield file, rest.partition(".")[0]
+
+
+def test_every_part_has_a_floor():
+    parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert parts == FLOOR.keys() | APART
+
+
+def test_no_import_runs_against_the_direction():
+    for part, floor in FLOOR.items():
+        for file, imported in parts_of_imports(part):
+            assert imported == part or FLOOR[imported] < floor, f"{file} imports {imported}"
+
+
+def test_the_installation_imports_nothing_of_the_package():
+    for part in APART:
+        assert not list(parts_of_imports(part))
+
+
+def test_layers_need_no_detectron2():
+    for file in sorted((PACKAGE / "layers").rglob("*.py")):
+        assert not [name for name in imports(file) if name.startswith("detectron2")], file
+
+
+def test_the_package_without_detectron2():
+    """The layers work; what needs Detectron2 says how to install it."""
+    program = (
+        "import sys\n"
+        "sys.modules['detectron2'] = None\n"
+        "import torch, balanced_d2.layers\n"
+        "assert len(balanced_d2.layers.sample_iou_balanced(torch.rand(9), 4)) == 4\n"
+        "import balanced_d2.{}\n"
+    )
+    for part in ("checkpoint", "config", "data", "engine", "modeling"):
+        result = run_program("-W", "error", "-c", program.format(part))
+        message = result.stderr.splitlines()[-1]
+        assert "Detectron2 is not installed; run: python tools/install_detectron2.py" in message
