@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -147,7 +148,7 @@ def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path,
     text = result.stdout
     assert result.returncode == 0, text
     for name in ("model_final.pth", "model_0000011.pth"):
-        assert f"{output / name} cannot be read and is passed over" in text
+        assert f"the checkpoint cannot be read: {output / name} (" in text
     assert "Starting training from iteration 9" in text
     assert_same_weights(weights(output), weights(uninterrupted))
 
@@ -217,12 +218,48 @@ def test_weights_that_are_not_finite_are_not_saved(checkpointer, tmp_path):
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "good.pth")
 
 
-def test_the_newest_checkpoint_is_the_one_of_the_latest_iteration(checkpointer, tmp_path):
+def test_which_checkpoint_is_resumed(checkpointer, tmp_path, caplog):
     for iteration, name in ((7, "model_final"), (2, "model_0000002"), (5, "model_0000005")):
         checkpointer.save(name, iteration=iteration)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pretrained.pth")
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000005.pth")
+        assert not caplog.records
+        # Without what it names: that of the latest iteration.
+        (tmp_path / "model_0000005.pth").write_bytes(b"")
+        assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
+        assert "last_checkpoint names model_0000005.pth" in caplog.text
+    (tmp_path / "last_checkpoint").unlink()
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
     assert BalancedCheckpointer(nn.Linear(1, 1), str(tmp_path / "none")).get_checkpoint_file() == ""
+
+
+def test_checkpoints_of_which_none_can_be_read(checkpointer, tmp_path):
+    """A training that began again from nothing would be taken for the one that went on."""
+    checkpointer.save("model_0000002", iteration=2)
+    (tmp_path / "model_0000002.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="none of the checkpoints .*model_0000002.pth"):
+        checkpointer.resume_or_load("", resume=True)
+    checkpointer.resume_or_load("", resume=False)
+
+
+def test_numpy_in_the_state_of_a_hook(checkpointer, tmp_path):
+    state = {"best": np.float64(0.5), "step": np.int64(3), "seen": np.arange(3), "on": np.bool_(1)}
+    checkpointer.save("model_0000002", iteration=2, hook=state)
+    loaded = checkpointer.resume_or_load("", resume=True)["hook"]
+    assert loaded.pop("seen").tolist() == [0, 1, 2]
+    assert loaded == {"best": 0.5, "step": 3, "on": True}
+
+
+def test_matching_heuristics(tmp_path):
+    """Names that end alike are matched, as for files of Detectron2's zoo."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    torch.save({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, tmp_path / "x.pth")
+    query = f"{tmp_path / 'x.pth'}?matching_heuristics=True"
+    BalancedCheckpointer(model).resume_or_load(query, resume=False)
+    assert all((parameter == 1).all() for parameter in model.parameters())
+    with pytest.raises(UserError, match="cannot load the checkpoint"):
+        BalancedCheckpointer(model).load(f"{tmp_path / 'x.pth'}?matching=True")
 
 
 def test_no_space_and_no_permission(tmp_path):

@@ -5,15 +5,19 @@ import logging
 import os
 import pickle
 import shutil
-from typing import List, Tuple
+from pathlib import Path
+from typing import Dict, List, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from balanced_d2.checkpoint.unpickle import check_arrays
+from balanced_d2.checkpoint.unpickle import check_arrays, numpy_allowed
 from balanced_d2.utils.errors import StopTraining, UserError, first_of
 from balanced_d2.utils.files import check_writable, open_replacing
+
+# At the end of a path.
+MATCHING_HEURISTICS = "?matching_heuristics=True"
 
 # What reading a file that is no checkpoint, or a damaged one, ends in.
 READ_ERRORS = (
@@ -34,9 +38,11 @@ class BalancedCheckpointer(DetectionCheckpointer):
 
     - A file is written beside its final name, flushed to disk and then renamed: at any instant,
       each checkpoint is whole or not there.
-    - The newest checkpoint is found by the iterations that the files hold. Those that cannot be
-      read are reported and passed over; no file is ever deleted.
+    - Training goes on from the file that ``last_checkpoint`` names, or else from the newest that
+      can be read, by the iterations that the files hold. Those that cannot be read are reported.
     - No code from a file is run.
+    - ``x.pth?matching_heuristics=True`` loads a local file by Detectron2's matching of names, which
+      only its main knows of, in one process.
 
     Args: as for Detectron2's ``DetectionCheckpointer``.
     """
@@ -44,6 +50,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
         super().__init__(model, save_dir, **kwargs)
         self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
+        self._matching_heuristics = False  # while a file is loaded by them
 
     def save(self, name: str, **kwargs) -> None:
         """
@@ -70,7 +77,11 @@ class BalancedCheckpointer(DetectionCheckpointer):
             ) from error
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint of the latest iteration in ``save_dir`` that can be read, or ``""``."""
+        """The checkpoint in ``save_dir`` that training goes on from, or ``""``.
+
+        Raises:
+            UserError: if there are checkpoints, but none of them can be read.
+        """
         return _newest(self.save_dir)
 
     def has_checkpoint(self) -> bool:
@@ -85,17 +96,25 @@ class BalancedCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: if the file cannot be read.
         """
+        file = path.removesuffix(MATCHING_HEURISTICS) if path and "://" not in path else path
+        self._matching_heuristics = file != path
         try:
-            return super().load(path, *args, **kwargs)
+            with numpy_allowed():
+                return super().load(file, *args, **kwargs)
         except UserError:
             raise
         except READ_ERRORS as error:
             raise UserError(f"cannot load the checkpoint {path}: {_reason(error)}") from error
+        finally:
+            self._matching_heuristics = False
 
     def _load_file(self, filename: str):
         if filename.endswith(".pkl"):
             check_arrays(filename)
-        return super()._load_file(filename)
+        loaded = super()._load_file(filename)
+        if self._matching_heuristics:
+            loaded["matching_heuristics"] = True
+        return loaded
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -162,23 +181,41 @@ class _AtomicWrites:
 
 
 def _newest(folder: str) -> str:
-    readable: List[Tuple[int, float, str]] = []
+    """The file that ``last_checkpoint`` names, or else the one of the latest iteration."""
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pth"))
-    except OSError:
+        last = Path(folder, "last_checkpoint")
+        named = os.path.basename(last.read_text().strip()) if last.is_file() else ""
+    except (OSError, UnicodeDecodeError):
         return ""
+    iterations: Dict[str, Tuple[int, float]] = {}
+    unreadable: List[str] = []
     for name in names:
         path = os.path.join(folder, name)
         try:
             # Mapped, so that of the tensors only the place in the file is read.
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with numpy_allowed():
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if "iteration" in content:  # not other weights that lie in the folder
-                readable.append((content["iteration"], os.path.getmtime(path), path))
+                iterations[name] = content["iteration"], os.path.getmtime(path)
         except READ_ERRORS as error:
-            logging.getLogger(__name__).warning(
-                f"the checkpoint {path} cannot be read and is passed over: {_reason(error)}"
-            )
-    return max(readable, default=(0, 0.0, ""))[2]
+            unreadable.append(f"{path} ({_reason(error)})")
+    if unreadable and not iterations:
+        raise UserError(
+            f"--resume: none of the checkpoints in {folder} can be read: {first_of(unreadable)}; "
+            "repair one or move them away, or train without --resume"
+        )
+    for problem in unreadable:
+        logging.getLogger(__name__).warning(f"the checkpoint cannot be read: {problem}")
+    if named in iterations or not iterations:
+        return os.path.join(folder, named) if named in iterations else ""
+    newest = max(iterations, key=lambda name: iterations[name])
+    if named:
+        logging.getLogger(__name__).warning(
+            f"last_checkpoint names {named}, which is not there or cannot be read: going on from "
+            f"{newest}"
+        )
+    return os.path.join(folder, newest)
 
 
 def _reason(error: BaseException) -> str:

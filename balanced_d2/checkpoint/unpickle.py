@@ -5,8 +5,9 @@ import pickle
 import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
-from typing import Set, Tuple
+from typing import Any, ContextManager, List, Set, Tuple
 
+import numpy as np
 import torch
 
 from balanced_d2.utils.errors import UserError
@@ -47,6 +48,15 @@ def check_arrays(path: str) -> None:
 
     with open(path, "rb") as file:
         ArraysOnly(file, encoding="latin1").load()
+
+
+def numpy_allowed() -> ContextManager[None]:
+    """Within it, ``torch.load`` also reads NumPy's numbers and arrays, which hooks may keep."""
+    # Their functions are where NumPy keeps them: numpy.core.multiarray, from 2 on numpy._core.
+    functions = [value.__reduce__()[0] for value in (np.float64(0), np.zeros(0))]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efdgFDGSU"}
+    allowed: List[Any] = [*functions, np.ndarray, np.dtype, *kinds]
+    return torch.serialization.safe_globals(allowed)
 
 
 def load_inert(path: str) -> object:
