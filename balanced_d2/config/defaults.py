@@ -42,9 +42,18 @@ def add_balanced_config(cfg: CN) -> None:
         # Where outliers begin, in units of the (weighted) box deltas.
         node.BALANCED_L1_BETA = beta
 
-    # The share of the images that RandomSubsetTrainingSampler takes; Detectron2 has no default.
-    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
-        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # What Detectron2's samplers read, but its defaults, or those of 0.6, lack.
+    for node, key, value in (
+        # The share of the images that RandomSubsetTrainingSampler takes.
+        (cfg.DATALOADER, "RANDOM_SUBSET_RATIO", 1.0),
+        # Whether repeat factors are square roots, as LVIS has them.
+        (cfg.DATALOADER, "REPEAT_SQRT", True),
+        # How often WeightedTrainingSampler and WeightedCategoryTrainingSampler take the images of a
+        # data set of DATASETS.TRAIN: pairs of name and factor, 1 for those not in the list.
+        (cfg.DATASETS, "TRAIN_REPEAT_FACTOR", []),
+    ):
+        if key not in node:
+            node[key] = value
 
     # Whether training goes on without images that cannot be read, and without how many at most.
     cfg.DATALOADER.SKIP_BAD_IMAGES = False

@@ -1,28 +1,37 @@
 """The loader of training data: reproducible, able to go on anywhere, and aware of bad images."""
 
-import itertools
 import logging
 from collections import defaultdict
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.data.samplers import (
-    RandomSubsetTrainingSampler,
-    RepeatFactorTrainingSampler,
-    TrainingSampler,
-)
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from balanced_d2.data.checks.records import clean
+from balanced_d2.data.classes import num_classes_key
+from balanced_d2.data.train_samplers import SAMPLERS, MakeSampler, load_records, uniform_sampler
 from balanced_d2.utils.errors import StopTraining, UserError, check_choice
 from balanced_d2.utils.randomness import seeded
 
 # How samples come by their random numbers; another purpose of the same seed has another number.
 SAMPLE_SEEDS = 1
+
+Batch = List[Tuple[Tuple[int, ...], int]]
+"""For each image the key of its random numbers, and its index."""
 
 
 class BadImage(NamedTuple):
@@ -38,7 +47,7 @@ class TrainLoader:
     What the batches hold and how their images are augmented depends on the seed and the position of
     the batch only: not on the number of worker processes, and not on whether the batches before it
     have been loaded. So a training that is resumed sees what it would have seen. Several processes
-    share the images of a batch, augmented as they would be in one process.
+    share the images of a batch: together they see what one process would have seen.
 
     Args:
         dataset: Detectron2's standard dicts. Boxes that nothing can be learnt from are left out
@@ -48,10 +57,12 @@ class TrainLoader:
         num_workers: worker processes for loading, of each process; 0: none.
         aspect_ratio_grouping: whether a batch has images of one orientation only, which saves
             padding.
-        make_sampler: given the seed, an endless sampler of indices of ``dataset`` for this process.
+        make_sampler: given the seed, an endless sampler of indices of ``dataset``, the same in all
+            processes. Detectron2's, which leave each process its share, are taken whole.
         seed: at least 0; by default one that all processes have drawn together.
         skip_bad_images: whether an image that cannot be read is replaced by the next one.
         max_bad_images: how many different images each process may skip.
+        num_classes: of the model, which bounds the classes that the mapper gives; None: no bound.
 
     Raises:
         UserError: if ``total_batch_size`` cannot be divided among the processes.
@@ -66,10 +77,11 @@ class TrainLoader:
         total_batch_size: int,
         num_workers: int = 0,
         aspect_ratio_grouping: bool = True,
-        make_sampler: Optional[Callable[[int], Sampler]] = None,
+        make_sampler: Optional[MakeSampler] = None,
         seed: int = -1,
         skip_bad_images: bool = False,
         max_bad_images: int = 100,
+        num_classes: Optional[int] = None,
     ):
         num_processes = comm.get_world_size()
         if total_batch_size < 1 or total_batch_size % num_processes:
@@ -81,14 +93,15 @@ class TrainLoader:
             raise UserError("there is nothing to train on: the data set is empty")
         # Again, for data sets that are not the project's, whose loaders do not do it.
         dataset = clean("DATASETS.TRAIN", dataset)
-        self.batch_size = total_batch_size // num_processes
+        self.batch_size = total_batch_size
         self.num_workers = num_workers
         self.groups = [
             aspect_ratio_grouping and r.get("width", 0) > r.get("height", 0) for r in dataset
         ]
         self.samples = _Samples(dataset, mapper, skip_bad_images)
-        self.make_sampler = make_sampler or (lambda seed: TrainingSampler(len(dataset), seed=seed))
+        self.make_sampler = make_sampler or uniform_sampler(len(dataset))
         self.max_bad_images = max_bad_images
+        self.num_classes = num_classes
         self.seed = seed if seed >= 0 else comm.shared_random_seed()
         self.position = 0
 
@@ -96,24 +109,18 @@ class TrainLoader:
     def from_config(cls, cfg):
         name = cfg.DATALOADER.SAMPLER_TRAIN
         check_choice("DATALOADER.SAMPLER_TRAIN", name, SAMPLERS)
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        dataset = load_records(cfg, *cfg.DATASETS.TRAIN)
         return {
             "dataset": dataset,
             "mapper": DatasetMapper(cfg, is_train=True),
             "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
             "num_workers": cfg.DATALOADER.NUM_WORKERS,
             "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-            "make_sampler": lambda seed: SAMPLERS[name](cfg, dataset, seed),
+            "make_sampler": SAMPLERS[name](cfg, dataset),
             "seed": cfg.SEED,
             "skip_bad_images": cfg.DATALOADER.SKIP_BAD_IMAGES,
             "max_bad_images": cfg.DATALOADER.MAX_BAD_IMAGES,
+            "num_classes": num_classes_key(cfg)[1],
         }
 
     def state_dict(self) -> Dict[str, int]:
@@ -124,22 +131,44 @@ class TrainLoader:
         """To be called before the first batch is asked for."""
         self.seed, self.position = state["seed"], state["position"]
 
+    def last_batch(self) -> List[str]:
+        """The files of the images in the last batch that was given out, of all processes."""
+        batch = next(self._batches(self.position - 1))
+        return [self.samples.records[index].get("file_name", "?") for _, index in batch]
+
+    def _batches(self, position: int) -> Iterator[Batch]:
+        return _batches(
+            self.make_sampler(self.seed), self.groups, self.batch_size, self.seed, position
+        )
+
     def __iter__(self) -> Iterator[List[Dict]]:
+        rank, num_processes = comm.get_rank(), comm.get_world_size()
         loader = DataLoader(
             self.samples,
-            batch_sampler=_Batches(
-                self.make_sampler(self.seed), self.groups, self.batch_size, self.seed, self.position
-            ),
+            batch_sampler=(b[rank::num_processes] for b in self._batches(self.position)),
             num_workers=self.num_workers,
             collate_fn=list,
             generator=torch.Generator(),  # or it draws from the one that the model draws from
         )
         skipped: Set[BadImage] = set()
         for batch in loader:
-            for _, bad_images in batch:
+            for sample, bad_images in batch:
                 self._report(bad_images, skipped)
+                self._check_classes(sample)
             self.position += 1
             yield [sample for sample, _ in batch]
+
+    def _check_classes(self, sample: Dict) -> None:
+        # Detectron2 takes the class behind the last for background, without a word.
+        classes = getattr(sample.get("instances"), "gt_classes", None)
+        if self.num_classes is None or classes is None or len(classes) == 0:
+            return
+        if not 0 <= classes.min() <= classes.max() < self.num_classes:
+            raise StopTraining(
+                f"an object in {sample.get('file_name', 'an image')} is of class "
+                f"{int(classes.max())}, but the model has {self.num_classes} classes, from 0 on: "
+                "set its number of classes, or let the mapper change the classes"
+            )
 
     def _report(self, bad_images: Sequence[BadImage], skipped: Set[BadImage]) -> None:
         for bad in bad_images:
@@ -162,40 +191,22 @@ class TrainLoader:
                 )
 
 
-SAMPLERS = {
-    "TrainingSampler": lambda cfg, dataset, seed: TrainingSampler(len(dataset), seed=seed),
-    "RepeatFactorTrainingSampler": lambda cfg, dataset, seed: RepeatFactorTrainingSampler(
-        RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset, cfg.DATALOADER.REPEAT_THRESHOLD
-        ),
-        seed=seed,
-    ),
-    "RandomSubsetTrainingSampler": lambda cfg, dataset, seed: RandomSubsetTrainingSampler(
-        len(dataset), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
-    ),
-}
-
-
-class _Batches(Sampler):
-    """The batches from a position on, each a list of (key of the random numbers, index)."""
-
-    def __init__(self, sampler, groups: Sequence[bool], batch_size: int, seed: int, position: int):
-        self.sampler, self.groups, self.batch_size = sampler, groups, batch_size
-        self.seed, self.position = seed, position
-
-    def __iter__(self) -> Iterator[List[Tuple[Tuple[int, ...], int]]]:
-        waiting: Dict[bool, List] = defaultdict(list)
-        num_batches = 0
-        # Of the stream of images that the samplers of all processes take turns in.
-        numbers = itertools.count(comm.get_rank(), comm.get_world_size())
-        for number, index in zip(numbers, self.sampler):
-            group = waiting[self.groups[index]]
-            group.append(((SAMPLE_SEEDS, self.seed, number), index))
-            if len(group) == self.batch_size:
-                num_batches += 1
-                if num_batches > self.position:  # those before have only been counted
-                    yield group[:]
-                group.clear()
+def _batches(
+    sampler: Sampler, groups: Sequence[bool], batch_size: int, seed: int, position: int
+) -> Iterator[Batch]:
+    """The batches of all processes together, from a position on."""
+    waiting: Dict[bool, Batch] = defaultdict(list)
+    num_batches = 0
+    # Detectron2's samplers iterate over the share of one process; this is what they share.
+    indices = getattr(sampler, "_infinite_indices", sampler.__iter__)()
+    for number, index in enumerate(indices):
+        group = waiting[groups[index]]
+        group.append(((SAMPLE_SEEDS, seed, number), index))
+        if len(group) == batch_size:
+            num_batches += 1
+            if num_batches > position:  # those before have only been counted
+                yield group[:]
+            group.clear()
 
 
 class _Samples(Dataset):

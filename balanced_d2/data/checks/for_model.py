@@ -22,8 +22,8 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
 
     Args:
         train: whether ``DATASETS.TRAIN`` is going to be used.
-        annotations: whether the annotations are looked at. Without it, data sets still have to
-            be there, to load and to have the model's number of classes.
+        annotations: whether the annotations are looked at, and the classes compared with the
+            model's. Without it, data sets still have to be there and to load.
 
     Raises:
         UserError: naming the data set and all that is wrong with it.
@@ -47,12 +47,13 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         records = load(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")
-        check_classes(name, cfg)
         if annotations:
+            check_classes(name, cfg)
             records = clean(name, records)
             tell(name, model_findings(cfg, name, records, name in trained))
             if name in trained:
                 usable += sum(1 for _ in _usable(records))
+                usable += sum("sem_seg_file_name" in record for record in records)
     if trained and annotations and not usable:
         raise UserError(
             f"DATASETS.TRAIN ({', '.join(trained)}): there is no usable annotation to train on"
@@ -114,7 +115,10 @@ def check_files(name: str) -> None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("generated"):
         return
-    for key in ("json_file", "image_root", "dirname"):
+    for key in (
+        *("json_file", "image_root", "dirname"),
+        *("panoptic_root", "panoptic_json", "sem_seg_root", "image_dir", "gt_dir"),
+    ):
         path = metadata.get(key)
         if path and "://" not in path and not os.path.exists(path):
             raise UserError(

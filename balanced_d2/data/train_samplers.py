@@ -1,0 +1,102 @@
+"""What ``DATALOADER.SAMPLER_TRAIN`` chooses from: Detectron2's samplers of images, seeded.
+
+Both versions' are built the same way here, since all but one of them are repeat factors.
+"""
+
+from functools import partial
+from typing import Callable, Dict, List
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from torch.utils.data import Sampler
+
+MakeSampler = Callable[[int], Sampler]
+"""From the seed to an endless sampler of indices."""
+
+
+def _training(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
+    return uniform_sampler(len(records))
+
+
+def _random_subset(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
+    num_images, ratio = len(records), cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    return lambda seed: RandomSubsetTrainingSampler(
+        num_images, ratio, seed_shuffle=seed, seed_subset=seed
+    )
+
+
+def _repeat_factor(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
+    return partial(_repeating, _category_factors(cfg, records))
+
+
+def _weighted(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
+    return partial(_repeating, _data_set_factors(cfg, [len(part) for part in _by_data_set(cfg)]))
+
+
+def _weighted_category(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
+    parts = _by_data_set(cfg)
+    factors = torch.cat([_category_factors(cfg, part) for part in parts])
+    factors = factors * _data_set_factors(cfg, [len(part) for part in parts])
+    return partial(_repeating, factors / factors.min())
+
+
+SAMPLERS: Dict[str, Callable[[CfgNode, List[Dict]], MakeSampler]] = {
+    "TrainingSampler": _training,
+    "RepeatFactorTrainingSampler": _repeat_factor,
+    "RandomSubsetTrainingSampler": _random_subset,
+    "WeightedTrainingSampler": _weighted,
+    "WeightedCategoryTrainingSampler": _weighted_category,
+}
+
+
+def uniform_sampler(num_images: int) -> MakeSampler:
+    """Each image once in every epoch, in a random order."""
+    return lambda seed: TrainingSampler(num_images, seed=seed)
+
+
+def load_records(cfg: CfgNode, *names: str) -> List[Dict]:
+    """The records of data sets that are trained on, as Detectron2 loads and filters them.
+
+    Args:
+        *names: all of ``DATASETS.TRAIN``, or one of them without its proposals.
+    """
+    is_whole = names == tuple(cfg.DATASETS.TRAIN)
+    return get_detection_dataset_dicts(
+        names,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN
+        if cfg.MODEL.LOAD_PROPOSALS and is_whole
+        else None,
+    )
+
+
+def _by_data_set(cfg: CfgNode) -> List[List[Dict]]:
+    return [load_records(cfg, name) for name in cfg.DATASETS.TRAIN]
+
+
+def _data_set_factors(cfg: CfgNode, sizes: List[int]) -> torch.Tensor:
+    given = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    factors = [float(given.get(name, 1)) for name in cfg.DATASETS.TRAIN]
+    return torch.tensor(factors).repeat_interleave(torch.tensor(sizes))
+
+
+def _category_factors(cfg: CfgNode, records: List[Dict]) -> torch.Tensor:
+    """``max(1, sqrt(threshold / frequency))`` of the rarest category in each image (LVIS, appendix
+    B.2), or without the square root, which only Detectron2's main knows."""
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        records, cfg.DATALOADER.REPEAT_THRESHOLD
+    )
+    return factors if cfg.DATALOADER.REPEAT_SQRT else factors**2
+
+
+def _repeating(factors: torch.Tensor, seed: int) -> Sampler:
+    return RepeatFactorTrainingSampler(factors, seed=seed)
