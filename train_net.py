@@ -9,7 +9,7 @@ import sys
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import BalancedCheckpointer
-from balanced_d2.engine import argument_parser, run, setup
+from balanced_d2.engine import argument_parser, run, setup, trainer_for
 
 # isort: split
 from detectron2.evaluation import verify_results
@@ -17,7 +17,8 @@ from detectron2.utils import comm
 
 
 def main(args):
-    trainer_class, cfg = setup(args)
+    cfg = setup(args)
+    trainer_class = trainer_for(cfg)
 
     if args.eval_only:
         model = trainer_class.build_model(cfg)
@@ -25,6 +26,8 @@ def main(args):
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = trainer_class.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(trainer_class.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

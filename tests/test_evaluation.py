@@ -110,7 +110,7 @@ def test_pascal_voc(dataset, tmp_path):
     assert evaluate(evaluator, content)["AP"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("evaluator_type", ["sem_seg", None])
+@pytest.mark.parametrize("evaluator_type", ["segmentation", None])
 def test_not_for_detection(dataset, evaluator_type):
     dataset(evaluator_type)
     with pytest.raises(UserError, match="'test_evaluation' cannot be evaluated"):

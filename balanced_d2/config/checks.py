@@ -1,6 +1,7 @@
 """All that can be said of a config without its data."""
 
 import difflib
+import inspect
 import logging
 import os
 from typing import Iterator, Tuple
@@ -10,6 +11,7 @@ from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
     RetinaNet,
 )
 
@@ -41,11 +43,13 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     BOX_REG_LOSSES.check(model.RETINANET.BBOX_REG_LOSS_TYPE)
     if cfg.DATASETS.TEST:
         _check_sigmas(cfg)
+        _check_test_time_augmentation(cfg)
     idle = "; ".join(_idle_balances(cfg))
     if train:
         if idle and not resume:
             raise UserError(idle)
         check_crop(cfg)
+        _check_samplers(cfg)
         if cfg.WANDB.ENABLED:
             check_package("wandb", "WANDB.ENABLED is True: send metrics to Weights & Biases")
     if idle:
@@ -164,3 +168,40 @@ def _check_sigmas(cfg: CfgNode) -> None:
             f"{number} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS); only for COCO's 17 it "
             "can be empty"
         )
+
+
+def _check_test_time_augmentation(cfg: CfgNode) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    model = cfg.MODEL
+    for key, has_none in (
+        ("META_ARCHITECTURE", not _is_rcnn(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE))),
+        ("KEYPOINT_ON", model.KEYPOINT_ON),
+        ("LOAD_PROPOSALS", model.LOAD_PROPOSALS),
+    ):
+        if has_none:
+            raise UserError(
+                "TEST.AUG.ENABLED is True, but Detectron2 has no test-time augmentation for a "
+                f"model whose MODEL.{key} is {model[key]}; set it to False"
+            )
+
+
+def _is_rcnn(meta_architecture) -> bool:
+    return inspect.isclass(meta_architecture) and issubclass(meta_architecture, GeneralizedRCNN)
+
+
+def _check_samplers(cfg: CfgNode) -> None:
+    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if not 0 < ratio <= 1:
+        raise UserError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}; it has to be above 0, and 1 at most"
+        )
+    key = "DATASETS.TRAIN_REPEAT_FACTOR"
+    for pair in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(f"{key}: {pair!r} is not one of its pairs of a data set and a factor")
+        name, factor = pair
+        if name not in cfg.DATASETS.TRAIN:
+            raise UserError(f"{key}: {name!r} is not in DATASETS.TRAIN")
+        if not factor > 0:
+            raise UserError(f"{key}: the factor of {name!r} is {factor}; it has to be above 0")

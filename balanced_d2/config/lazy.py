@@ -40,11 +40,23 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def trainer_config(lazy: DictConfig) -> CfgNode:
+class LazyCfgNode(CfgNode):
     """The keys of a YAML config that a LazyConfig answers in its own way, for the same trainer.
 
+    Attributes:
+        lazy: the LazyConfig, which has the parts.
+    """
+
+    lazy: DictConfig
+
+
+def trainer_config(lazy: DictConfig) -> LazyCfgNode:
+    """
+    Args:
+        lazy: as :func:`load_lazy_config` returns it.
+
     Raises:
-        UserError: if the LazyConfig lacks one of them.
+        UserError: if the LazyConfig lacks a key, or has one that is not carried out here.
     """
     with _mistakes_in("config file"):
         train, loader = lazy.train, lazy.dataloader
@@ -72,7 +84,32 @@ def trainer_config(lazy: DictConfig) -> CfgNode:
             "SOLVER.AMP.ENABLED": train.amp.enabled,
             "TEST.EVAL_PERIOD": train.eval_period,
         }
-    return load_config("", [part for item in values.items() for part in item])
+    if train.get("model_ema", {}).get("enabled"):
+        raise UserError(
+            "train.model_ema.enabled is True, but moving averages of the weights are not "
+            "supported; set it to False"
+        )
+    cfg = LazyCfgNode()
+    # Not as yacs does, which would make each node of it a config of its own.
+    dict.update(cfg, load_config("", [part for item in values.items() for part in item]))
+    cfg.__dict__["lazy"] = lazy
+    return cfg
+
+
+def read_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """A config in either form, YAML or Python, by its name.
+
+    Raises:
+        UserError: naming the file or key that is wrong.
+    """
+    if is_lazy(config_file):
+        return trainer_config(load_lazy_config(config_file, opts))
+    return load_config(config_file, opts)
+
+
+def as_read(cfg: CfgNode) -> CfgNode | DictConfig:
+    """The config in the form of its file, as Detectron2 saves it."""
+    return cfg.lazy if isinstance(cfg, LazyCfgNode) else cfg
 
 
 def _names(names) -> tuple:

@@ -3,7 +3,13 @@
 import balanced_d2.utils.requirements  # noqa: F401
 
 # isort: split
-from balanced_d2.engine.defaults import add_model_arguments, argument_parser, config_from, setup
+from balanced_d2.engine.defaults import (
+    add_model_arguments,
+    argument_parser,
+    config_from,
+    setup,
+    trainer_for,
+)
 from balanced_d2.engine.launch import run
 from balanced_d2.engine.predictor import build_predictor
 from balanced_d2.engine.trainer import BalancedTrainer
@@ -16,4 +22,5 @@ __all__ = [
     "config_from",
     "run",
     "setup",
+    "trainer_for",
 ]

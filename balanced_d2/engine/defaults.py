@@ -3,7 +3,7 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import Tuple, Type
+from typing import Type
 
 import torch
 from detectron2.config import CfgNode
@@ -13,12 +13,13 @@ from detectron2.utils.logger import setup_logger
 
 from balanced_d2.config import load_config
 from balanced_d2.config.checks import check_config, check_weights, drop_late_steps
-from balanced_d2.config.lazy import is_lazy, load_lazy_config, trainer_config
+from balanced_d2.config.lazy import LazyCfgNode, as_read, is_lazy, read_config
 from balanced_d2.data.checks.for_model import check_datasets
 from balanced_d2.data.datasets.register import add_register_argument, register_from
-from balanced_d2.engine.lazy import lazy_trainer
+from balanced_d2.engine.launch import in_main_process
+from balanced_d2.engine.lazy import LazyTrainer
 from balanced_d2.engine.trainer import BalancedTrainer
-from balanced_d2.evaluation.evaluators import check_evaluator
+from balanced_d2.evaluation.evaluators import check_packages
 from balanced_d2.utils.errors import UserError
 
 
@@ -28,7 +29,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-data-check",
         action="store_true",
-        help="do not look for mistakes in the annotations",
+        help="do not look for mistakes in the annotations, nor compare classes with the model",
     )
     add_register_argument(parser)
     return parser
@@ -61,28 +62,23 @@ def config_from(args: argparse.Namespace) -> CfgNode:
     return load_config(args.config_file, args.opts)
 
 
-def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
-    """Register the user's data sets, load the config, start the log and check the data.
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Register the user's data sets, load the config, start the log and check config and data.
 
-    To be called in every process: data sets are registered per process.
+    To be called in every process: data sets are registered per process. The data are checked in
+    one, for all.
 
     Args:
         args: parsed by :func:`argument_parser`.
 
     Returns:
-        The class of the trainer, and the config for it, frozen. Of a LazyConfig that holds only
-        what the trainer reads; the rest is in the class.
+        The config, frozen. Of a LazyConfig it holds what the trainer reads, and the LazyConfig.
 
     Raises:
-        UserError: on anything in the arguments, the config or the data that is the user's to mend.
+        UserError: on anything in the arguments, the config or the data that the user can fix.
     """
     register_from(args)
-    if is_lazy(args.config_file):
-        to_save = lazy = load_lazy_config(args.config_file, args.opts)
-        trainer, cfg = lazy_trainer(lazy), trainer_config(lazy)
-    else:
-        to_save = cfg = load_config(args.config_file, args.opts)
-        trainer = BalancedTrainer
+    cfg = read_config(args.config_file, args.opts)
     if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
         raise UserError(
             "nothing to evaluate: set MODEL.WEIGHTS (train.init_checkpoint in a .py config) to a "
@@ -102,11 +98,17 @@ def setup(args: argparse.Namespace) -> Tuple[Type[BalancedTrainer], CfgNode]:
         drop_late_steps(cfg)
     cfg.freeze()
     check_config(cfg, train=not args.eval_only, resume=resuming)
-    check_datasets(cfg, train=not args.eval_only, annotations=not args.skip_data_check)
-    for name in cfg.DATASETS.TEST:
-        check_evaluator(name)
-    default_setup(to_save, args)  # last, since it replaces the config.yaml that is there
-    return trainer, cfg
+    in_main_process(
+        check_datasets, cfg, train=not args.eval_only, annotations=not args.skip_data_check
+    )
+    check_packages(cfg.DATASETS.TEST)
+    default_setup(as_read(cfg), args)  # last, since it replaces the config.yaml that is there
+    return cfg
+
+
+def trainer_for(cfg: CfgNode) -> Type[BalancedTrainer]:
+    """The class of the trainer for a config that :func:`setup` has returned."""
+    return LazyTrainer if isinstance(cfg, LazyCfgNode) else BalancedTrainer
 
 
 def use_available_device(cfg: CfgNode) -> None:

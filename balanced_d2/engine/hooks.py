@@ -2,7 +2,7 @@
 
 import signal
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from balanced_d2.utils.errors import StopTraining
@@ -26,6 +26,19 @@ class SeedIterations(HookBase):
 
     def before_step(self):
         seed_all(ITERATION_SEEDS, self.loader.seed, comm.get_rank(), self.trainer.iter)
+
+
+class ResumablePreciseBN(hooks.PreciseBN):
+    """Detectron2's, whose place in the data is part of the checkpoint.
+
+    Args: as for Detectron2's ``PreciseBN``; the loader is a :class:`TrainLoader`.
+    """
+
+    def state_dict(self):
+        return self._data_loader.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self._data_loader.load_state_dict(state_dict)
 
 
 class StopOnSignal(HookBase):

@@ -7,6 +7,7 @@ from typing import Callable
 
 import torch
 from detectron2.engine import launch
+from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -33,6 +34,19 @@ def run(main: Main, args: argparse.Namespace) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return report_user_errors(_join_torchrun, main, args)
     return report_user_errors(_launch, main, args)
+
+
+def in_main_process(function: Callable, *args, **kwargs) -> None:
+    """Call a function in one process. The :class:`UserError` that it ends in is raised in all."""
+    failure = None
+    if comm.is_main_process():
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            failure = error
+    failure = comm.all_gather(failure)[0]
+    if failure is not None:
+        raise failure
 
 
 def _join_torchrun(main: Main, args: argparse.Namespace) -> None:

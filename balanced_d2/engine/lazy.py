@@ -1,45 +1,69 @@
 """The trainer of a LazyConfig."""
 
-from typing import Type
+import copy
 
 from detectron2.config import instantiate
+from detectron2.engine import hooks
 from detectron2.solver import LRMultiplier
-from omegaconf import DictConfig
 
-from balanced_d2.engine.trainer import BalancedTrainer
+from balanced_d2.engine.trainer import BalancedTrainer, with_validation_images
 from balanced_d2.utils.progress import WithBar
 
 
-def lazy_trainer(lazy: DictConfig) -> Type[BalancedTrainer]:
-    """A trainer whose model, optimizer and data loaders are those of a LazyConfig.
+class LazyTrainer(BalancedTrainer):
+    """A trainer whose model, optimizer, schedule, data loaders and evaluator are those of a
+    LazyConfig, with what its ``train`` says of the rest.
 
     Args:
-        lazy: as :func:`balanced_d2.config.lazy.load_lazy_config` returns it.
+        cfg: a :class:`balanced_d2.config.lazy.LazyCfgNode`.
     """
 
-    class LazyTrainer(BalancedTrainer):
-        @classmethod
-        def build_model(cls, cfg):
-            return instantiate(lazy.model).to(cfg.MODEL.DEVICE)
+    @classmethod
+    def ddp_arguments(cls, cfg):
+        return {**super().ddp_arguments(cfg), **cfg.lazy.train.get("ddp", {})}
 
-        @classmethod
-        def build_optimizer(cls, cfg, model):
-            optimizer = lazy.optimizer.copy()
-            optimizer.params.model = model
-            return instantiate(optimizer)
+    @classmethod
+    def build_model(cls, cfg):
+        return instantiate(cfg.lazy.model).to(cfg.MODEL.DEVICE)
 
-        @classmethod
-        def build_lr_scheduler(cls, cfg, optimizer):
-            return LRMultiplier(optimizer, instantiate(lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        optimizer = cfg.lazy.optimizer.copy()
+        optimizer.params.model = model
+        return instantiate(optimizer)
 
-        @classmethod
-        def build_train_loader(cls, cfg):
-            return instantiate(lazy.dataloader.train)
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return LRMultiplier(optimizer, instantiate(cfg.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
 
-        @classmethod
-        def build_test_loader(cls, cfg, dataset_name):
-            loader = lazy.dataloader.test.copy()
-            loader.dataset.names = dataset_name
-            return WithBar(instantiate(loader), desc=f"evaluating {dataset_name}", unit="batch")
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return instantiate(cfg.lazy.dataloader.train)
 
-    return LazyTrainer
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        loader = instantiate(_with_test_set(cfg, dataset_name).dataloader.test)
+        return WithBar(loader, desc=f"evaluating {dataset_name}", unit="batch")
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        if "evaluator" not in cfg.lazy.dataloader:
+            return super().build_evaluator(cfg, dataset_name, output_folder)
+        evaluator = instantiate(_with_test_set(cfg, dataset_name).dataloader.evaluator)
+        return with_validation_images(cfg, dataset_name, evaluator)
+
+    def build_hooks(self):
+        train, built = self.cfg.lazy.train, super().build_hooks()
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = train.checkpointer.get("max_to_keep")
+            elif isinstance(hook, hooks.PeriodicWriter):
+                hook._period = train.get("log_period", 20)
+        return built
+
+
+def _with_test_set(cfg, dataset_name):
+    """The whole LazyConfig with one test set, to which others of its parts may refer."""
+    lazy = copy.deepcopy(cfg.lazy)
+    lazy.dataloader.test.dataset.names = dataset_name
+    return lazy

@@ -1,23 +1,29 @@
 """Detectron2's default trainer, which evaluates, resumes exactly and says what went wrong."""
 
+import contextlib
 import logging
 import os
+import sys
 import weakref
+from typing import Any, Dict
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
 from balanced_d2.data.loader import TrainLoader
-from balanced_d2.engine.hooks import SeedIterations, StopOnSignal
+from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
 from balanced_d2.engine.wandb import start_wandb
-from balanced_d2.evaluation.evaluators import build_evaluator
-from balanced_d2.utils.compat import ddp_on_any_device
-from balanced_d2.utils.errors import StopTraining
+from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
+from balanced_d2.modeling.checks import check_balanced
+from balanced_d2.utils.compat import ddp_arguments
+from balanced_d2.utils.errors import StopTraining, no_traceback_of
 from balanced_d2.utils.progress import WithBar
 from balanced_d2.visualization.validation_images import ValidationImages
 
@@ -36,18 +42,39 @@ class BalancedTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
-        with ddp_on_any_device(cfg.MODEL.DEVICE):
+        if self.build_evaluator.__qualname__ == BalancedTrainer.build_evaluator.__qualname__:
+            for name in cfg.DATASETS.TEST:
+                check_evaluator(name)
+        with ddp_arguments(self.ddp_arguments(cfg)):
             super().__init__(cfg)
         check_space(cfg.OUTPUT_DIR, _size_of_checkpoint(self._trainer.model))
+
+    @classmethod
+    def ddp_arguments(cls, cfg) -> Dict[str, Any]:
+        """What ``DistributedDataParallel`` is given besides Detectron2's arguments."""
+        return {"device_ids": None} if cfg.MODEL.DEVICE.startswith("cpu") else {}
 
     def build_hooks(self):
         # In the place of the one that DefaultTrainer has just made.
         self.checkpointer = BalancedCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        built = super().build_hooks()
-        # After the schedule and the periodic checkpoint, before the evaluation, which takes long.
+        built = [
+            ResumablePreciseBN(
+                self.cfg.TEST.EVAL_PERIOD,
+                self.model,
+                hook._data_loader,
+                self.cfg.TEST.PRECISE_BN.NUM_ITER,
+            )
+            if isinstance(hook, hooks.PreciseBN) and isinstance(hook._data_loader, TrainLoader)
+            else hook
+            for hook in super().build_hooks()
+        ]
         evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        if self.cfg.TEST.AUG.ENABLED:  # once, at the end
+            augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            built.insert(evaluation + 1, augmented)
+        # After the schedule and the periodic checkpoint, before the evaluation, which takes long.
         built.insert(evaluation, StopOnSignal(self.checkpointer))
         if isinstance(self._trainer.data_loader, TrainLoader):
             built.insert(0, SeedIterations(self._trainer.data_loader))
@@ -58,18 +85,32 @@ class BalancedTrainer(DefaultTrainer):
         return TrainLoader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        """
+        Args:
+            output_folder: by default ``inference`` in ``OUTPUT_DIR``.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluator = build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        if cfg.TEST.NUM_IMAGES_SHOWN <= 0:
-            return evaluator
-        shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
-        return DatasetEvaluators([evaluator, shown])
+        return evaluator if output_folder else with_validation_images(cfg, dataset_name, evaluator)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
         loader = super().build_test_loader(cfg, dataset_name)
         return WithBar(loader, desc=f"evaluating {dataset_name}", unit="batch")
+
+    @classmethod
+    def test_with_TTA(cls, cfg, model):
+        """Evaluate with Detectron2's test-time augmentation (``TEST.AUG``).
+
+        Returns:
+            What ``test`` returns, each name with ``_TTA`` at its end.
+        """
+        logging.getLogger(__name__).info("evaluating with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
 
     def build_writers(self):
         if self.cfg.WANDB.ENABLED:
@@ -77,7 +118,14 @@ class BalancedTrainer(DefaultTrainer):
         return super().build_writers()
 
     def resume_or_load(self, resume=True):
+        """
+        Raises:
+            UserError: if there are checkpoints to resume from, but none can be read, or if a
+                training begins with balances that its model does not know.
+        """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.start_iter == 0:
+            check_balanced(self.cfg, self.model)
         if not resume or self.start_iter != self.max_iter:
             return
         # It was stopped after its last iteration, so that no other will save the final weights.
@@ -85,17 +133,27 @@ class BalancedTrainer(DefaultTrainer):
         if newest and newest != "model_final.pth":
             self.checkpointer.save("model_final", iteration=self.iter)
 
+    def train(self):
+        with no_traceback_of(StopTraining):
+            return super().train()
+
+    def after_train(self):
+        failed = sys.exc_info()[0] is not None
+        if not failed:
+            return super().after_train()
+        # Detectron2 evaluates after the last iteration, also if it failed. Nothing that goes wrong
+        # from here on, such as writing to a full disk, is to take the place of the first error.
+        for hook in list(self._hooks):
+            if isinstance(hook, hooks.EvalHook):
+                self._hooks.remove(hook)
+        with contextlib.suppress(OSError):
+            super().after_train()
+
     def run_step(self):
         """
         Raises:
             StopTraining: if the loss is not finite.
         """
-        given = []
-
-        def keep(model, inputs):
-            given.extend(inputs[0])
-
-        handle = self._trainer.model.register_forward_pre_hook(keep)
         # PyTorch optimises Detectron2's scripts after their first runs, which rounds otherwise.
         on_cpu = self.cfg.MODEL.DEVICE == "cpu"
         try:
@@ -103,16 +161,16 @@ class BalancedTrainer(DefaultTrainer):
                 super().run_step()
         except FloatingPointError as error:  # raised before the weights are changed
             rates = sorted({group["lr"] for group in self._trainer.optimizer.param_groups})
+            loader = self._trainer.data_loader
+            images = loader.last_batch() if isinstance(loader, TrainLoader) else ["not known"]
             raise StopTraining(
                 f"iteration {self.iter}: {' '.join(str(error).split())} "
                 f"Learning rate: {', '.join(f'{rate:g}' for rate in rates)}. "
-                f"Images: {', '.join(sample.get('file_name', '?') for sample in given)}. "
+                f"Images: {', '.join(images)}. "
                 "The last checkpoint is the one to resume from. Try a lower SOLVER.BASE_LR, a "
                 "longer warm-up or SOLVER.CLIP_GRADIENTS, and look at the annotations of these "
                 "images"
             ) from error
-        finally:
-            handle.remove()
 
     def state_dict(self):
         loader = self._trainer.data_loader
@@ -147,6 +205,16 @@ class BalancedTrainer(DefaultTrainer):
             self._trainer.data_loader.load_state_dict(state_dict["loader"])
         else:
             logger.warning("the checkpoint does not say which images came next: the order is anew")
+
+
+def with_validation_images(
+    cfg: CfgNode, dataset_name: str, evaluator: DatasetEvaluator
+) -> DatasetEvaluator:
+    """The evaluator, beside one that shows images in TensorBoard if the config asks for some."""
+    if cfg.TEST.NUM_IMAGES_SHOWN <= 0:
+        return evaluator
+    shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
+    return DatasetEvaluators([evaluator, shown])
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

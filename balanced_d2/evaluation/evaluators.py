@@ -2,17 +2,22 @@
 
 import logging
 import types
-from typing import Dict, Sequence
+from typing import Callable, Dict, Sequence
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
     COCOEvaluator,
+    COCOPanopticEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
 )
 
-from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.errors import UserError, check_package
 
 
 class _COCOEvaluator(COCOEvaluator):
@@ -38,13 +43,38 @@ def _zeros(results: Dict[str, float], task: str, logger: logging.Logger) -> Dict
     return dict.fromkeys(results, 0.0)
 
 
-def _coco(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
-    return _COCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
+# What each evaluator_type is evaluated with: by name, output folder and TEST.KEYPOINT_OKS_SIGMAS.
+EVALUATORS: Dict[str, Callable[[str, str, Sequence[float]], DatasetEvaluator]] = {
+    "coco": lambda name, folder, sigmas: _COCOEvaluator(
+        name, output_dir=folder, kpt_oks_sigmas=sigmas
+    ),
+    "lvis": lambda name, folder, sigmas: _lvis(name, folder),
+    "pascal_voc": lambda name, folder, sigmas: PascalVOCDetectionEvaluator(name),
+    "sem_seg": lambda name, folder, sigmas: SemSegEvaluator(name, output_dir=folder),
+    "coco_panoptic_seg": lambda name, folder, sigmas: DatasetEvaluators(
+        [
+            SemSegEvaluator(name, output_dir=folder),
+            _COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas),
+            COCOPanopticEvaluator(name, folder),
+        ]
+    ),
+    "cityscapes_instance": lambda name, folder, sigmas: CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda name, folder, sigmas: CityscapesSemSegEvaluator(name),
+}
+# Packages that some of them import only when they evaluate, and what to install.
+PACKAGES = {
+    "coco_panoptic_seg": (
+        "panopticapi",
+        "git+https://github.com/cocodataset/panopticapi.git",  # it is not on PyPI
+    ),
+    "cityscapes_instance": ("cityscapesscripts", ""),
+    "cityscapes_sem_seg": ("cityscapesscripts", ""),
+}
 
 
-def _lvis(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
+def _lvis(name: str, folder: str) -> DatasetEvaluator:
     _patch_lvis()
-    return _LVISEvaluator(name, output_dir=output_dir)
+    return _LVISEvaluator(name, output_dir=folder)
 
 
 def _patch_lvis() -> None:
@@ -63,24 +93,26 @@ def _patch_lvis() -> None:
     lvis.eval.np = numpy
 
 
-def _pascal_voc(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float]) -> DatasetEvaluator:
-    return PascalVOCDetectionEvaluator(name)
-
-
-EVALUATORS = {"coco": _coco, "lvis": _lvis, "pascal_voc": _pascal_voc}
+def check_packages(dataset_names: Sequence[str]) -> None:
+    """Raise :class:`UserError` if a package is missing that the data sets' evaluators need."""
+    for name in dataset_names:
+        module, source = PACKAGES.get(MetadataCatalog.get(name).get("evaluator_type"), ("", ""))
+        if module:
+            check_package(module, f"data set {name!r} (DATASETS.TEST) is evaluated", source)
 
 
 def check_evaluator(dataset_name: str) -> str:
     """The ``evaluator_type`` of a data set.
 
     Raises:
-        UserError: if it has none, or one that is not for detection.
+        UserError: if it has none, or one that :func:`build_evaluator` does not know.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in EVALUATORS:
         raise UserError(
             f"data set {dataset_name!r} cannot be evaluated: its evaluator_type is "
-            f"{evaluator_type!r}, but has to be one of: {', '.join(EVALUATORS)}"
+            f"{evaluator_type!r}, but has to be one of: {', '.join(EVALUATORS)}. A trainer of your "
+            "own can give another evaluator, by its build_evaluator"
         )
     return evaluator_type
 

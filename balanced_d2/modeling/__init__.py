@@ -14,6 +14,7 @@ from balanced_d2.modeling.backbones import (
 from balanced_d2.modeling.balanced_fpn import P6P7, BalancedFPN
 from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
+from balanced_d2.modeling.checks import check_balanced
 from balanced_d2.modeling.retinanet import BalancedRetinaNet
 from balanced_d2.modeling.roi_heads import (
     BalancedBoxLossMixin,
@@ -35,4 +36,5 @@ __all__ = [
     "build_balanced_resnet_fpn_backbone",
     "build_balanced_retinanet_fpn_backbone",
     "build_balanced_retinanet_resnet_fpn_backbone",
+    "check_balanced",
 ]

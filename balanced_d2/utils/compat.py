@@ -1,7 +1,7 @@
 """What differs between the versions of Detectron2."""
 
 import contextlib
-import functools
+from typing import Any, Mapping
 from unittest import mock
 
 import torch
@@ -27,18 +27,20 @@ def no_gradient_scaling():
 
 
 @contextlib.contextmanager
-def ddp_on_any_device(device: str):
-    """Within it, Detectron2's trainer can be made for several processes on the CPU.
+def ddp_arguments(arguments: Mapping[str, Any]):
+    """Within it, Detectron2's trainer gives ``create_ddp_model`` these arguments, too.
 
-    Both versions give ``DistributedDataParallel`` the index of a device, which only GPUs have.
+    Neither version takes any, and both give ``DistributedDataParallel`` the index of a device,
+    which only GPUs have.
     """
     from detectron2.engine import defaults
 
-    if not device.startswith("cpu"):
-        yield
-        return
-    create = functools.partial(defaults.create_ddp_model, device_ids=None)
-    with mock.patch.object(defaults, "create_ddp_model", create):
+    create = defaults.create_ddp_model
+
+    def create_with_arguments(model, **given):
+        return create(model, **{**given, **arguments})
+
+    with mock.patch.object(defaults, "create_ddp_model", create_with_arguments):
         yield
 
 

@@ -1,6 +1,7 @@
 """Errors that the user can fix, and how programs report them."""
 
 import importlib.util
+import logging
 import signal
 import sys
 from contextlib import contextmanager
@@ -18,10 +19,8 @@ class UserError(ValueError):
     """
 
 
-class StopTraining(BaseException):
+class StopTraining(Exception):
     """Ends a training for a reason that needs no traceback.
-
-    Not an ``Exception``, since Detectron2's training loop logs a traceback of those.
 
     Args:
         message: for the user.
@@ -55,6 +54,21 @@ def raise_user_errors(
         raise UserError(f"{source}: {explain(error)}") from error
 
 
+@contextmanager
+def no_traceback_of(kind: Type[Exception]) -> Iterator[None]:
+    """Within it, Detectron2's training loop logs no traceback of exceptions of a kind."""
+    logger = logging.getLogger("detectron2.engine.train_loop")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], kind))
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def first_of(problems: Sequence[str], number: int = 3) -> str:
     """The first few of many problems as one text, with how many more there are."""
     more = f" and {len(problems) - number} more" if len(problems) > number else ""
@@ -67,15 +81,18 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
 
 
-def check_package(module: str, needed_by: str) -> None:
+def check_package(module: str, needed_by: str, source: str = "") -> None:
     """Raise :class:`UserError` if an optional package is not installed.
 
     Args:
         module: its name, to import and to install.
         needed_by: what in the config asks for it.
+        source: what to install, where that is not the name.
     """
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{needed_by}, which needs the package {module}; run: pip install {module}")
+        raise UserError(
+            f"{needed_by}, which needs the package {module}; run: pip install {source or module}"
+        )
 
 
 def report_user_errors(main: Callable, *args) -> int:

@@ -36,11 +36,11 @@ class ValidationImages(DatasetEvaluator):
         if _has_event_storage():
             records = DatasetCatalog.get(self.dataset_name)
             self._records = choose_evenly(records, self.num_images)
-        self._wanted = {record["image_id"] for record in self._records}
+        self._wanted = {record.get("image_id") for record in self._records}
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
         for image, output in zip(inputs, outputs):
-            if image["image_id"] in self._wanted:
+            if image.get("image_id") in self._wanted and "instances" in output:
                 detections = output["instances"].to("cpu")
                 shown = detections[detections.scores >= self.threshold]
                 self._detections[image["image_id"]] = shown
@@ -50,7 +50,7 @@ class ValidationImages(DatasetEvaluator):
         detections = {image: found for part in gathered for image, found in part.items()}
         metadata = MetadataCatalog.get(self.dataset_name)
         for record in self._records:
-            image_id = record["image_id"]
+            image_id = record.get("image_id")
             if image_id in detections:
                 picture = draw_pair(record, detections[image_id], metadata)
                 get_event_storage().put_image(

@@ -22,6 +22,7 @@ from ..common.coco import dataloader
 from ..common.resnet import bottom_up, pixels
 from ..common.train import lr_multiplier, optimizer, train
 
+dataloader["train"].num_classes = "${model.roi_heads.num_classes}"
 bottom_up.out_features = ["res2", "res3", "res4", "res5"]
 
 model = L(GeneralizedRCNN)(

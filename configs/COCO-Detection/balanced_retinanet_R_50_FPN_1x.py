@@ -13,6 +13,7 @@ from ..common.resnet import bottom_up, pixels
 from ..common.train import lr_multiplier, optimizer, train
 
 optimizer.lr = 0.01
+dataloader["train"].num_classes = "${model.num_classes}"
 bottom_up.out_features = ["res3", "res4", "res5"]
 
 model = L(BalancedRetinaNet)(

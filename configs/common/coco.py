@@ -8,6 +8,7 @@ from detectron2.data import (
 )
 
 from balanced_d2.data.loader import TrainLoader
+from balanced_d2.evaluation import build_evaluator
 
 dataloader = {
     "train": L(TrainLoader)(
@@ -34,5 +35,9 @@ dataloader = {
             image_format="${model.input_format}",
         ),
         num_workers=4,
+    ),
+    "evaluator": L(build_evaluator)(
+        dataset_name="${..test.dataset.names}",
+        output_dir="${train.output_dir}/inference",
     ),
 }

@@ -10,8 +10,10 @@ train = {
     "init_checkpoint": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
     "max_iter": 90000,
     "amp": {"enabled": False},
-    "checkpointer": {"period": 5000},
+    "ddp": {"broadcast_buffers": False},
+    "checkpointer": {"period": 5000, "max_to_keep": None},
     "eval_period": 0,
+    "log_period": 20,
     "device": "cuda",
     "seed": -1,
 }

@@ -1,0 +1,33 @@
+"""Whether a model has the balances that its config turns on."""
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from balanced_d2.layers import FeatureBalancer
+from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
+from balanced_d2.utils.errors import UserError
+
+
+def check_balanced(cfg: CfgNode, model: nn.Module) -> None:
+    """Raise :class:`UserError` if a backbone or RoI heads of others ignore a balance that is on.
+
+    What Detectron2's own ignore is known before anything is built
+    (:func:`balanced_d2.config.checks.check_config`).
+    """
+    modules = list(model.modules())
+    backbone, heads = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.ROI_HEADS
+    if cfg.MODEL.BALANCED_FPN.ENABLED and not _any(modules, FeatureBalancer):
+        raise UserError(
+            f"MODEL.BALANCED_FPN.ENABLED is True, but MODEL.BACKBONE.NAME {backbone} builds no "
+            "FeatureBalancer; add one to it, or set ENABLED to False"
+        )
+    for key in ("NEGATIVE_SAMPLER", "POSITIVE_SAMPLER"):
+        if heads[key] != "random" and not _any(modules, BalancedSamplingMixin):
+            raise UserError(
+                f"MODEL.ROI_HEADS.{key} is {heads[key]!r}, which MODEL.ROI_HEADS.NAME {heads.NAME} "
+                "does not know; derive it from BalancedSamplingMixin, too"
+            )
+
+
+def _any(modules, cls) -> bool:
+    return any(isinstance(module, cls) for module in modules)

@@ -1,0 +1,175 @@
+"""Every key of Detectron2's config and of ours is read on the way of a training or an evaluation."""
+
+import argparse
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from yacs.config import CfgNode as YacsNode
+
+from balanced_d2 import load_config
+from balanced_d2.data import register_coco
+from balanced_d2.data.loader import TrainLoader
+from balanced_d2.engine import BalancedTrainer, setup
+from balanced_d2.engine.wandb import start_wandb
+
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL
+
+# Keys that are not read as an attribute, and why that is right.
+NOT_READ = {
+    "VERSION": "Detectron2 reads it of a file, to bring old keys up to date",
+    "GLOBAL.HACK": "for experiments of users; Detectron2 itself reads it nowhere",
+    "CUDNN_BENCHMARK": "default_setup reads it of the dump: the test below",
+    "FLOAT32_PRECISION": "default_setup reads it of the dump, on main only: the test below",
+}
+
+# Models and loaders that read what others do not.
+VARIANTS = {
+    "R-CNN with everything": ["MODEL.MASK_ON", "True", "MODEL.KEYPOINT_ON", "True"],
+    "plain backbone": ["MODEL.BACKBONE.NAME", "build_balanced_fpn_backbone"],
+    "RetinaNet": [
+        *("MODEL.META_ARCHITECTURE", "BalancedRetinaNet"),
+        *("MODEL.BACKBONE.NAME", "build_balanced_retinanet_fpn_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+        *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+        *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "balanced_l1"),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64], [128], [256]]"),
+    ],
+    "cascade": ["MODEL.ROI_HEADS.NAME", "BalancedCascadeROIHeads"],
+    "panoptic": ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", "True"],
+    "rotated": [
+        *("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN", "MODEL.ROI_HEADS.NAME", "RROIHeads"),
+        *("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"),
+        *("MODEL.RPN.BBOX_REG_WEIGHTS", "(1, 1, 1, 1, 1)"),
+        *("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(10, 10, 5, 5, 1)"),
+        *("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
+        *("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1"),
+    ],
+}
+ROTATED_AND_CASCADE = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
+SAMPLERS = [
+    *("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
+    "WeightedCategoryTrainingSampler",
+]
+
+
+def flat(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def paths_by_keys(node, prefix=""):
+    """Where each node is, by its keys: clones have the same."""
+    yield frozenset(node), prefix
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from paths_by_keys(value, f"{prefix}{key}.")
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The keys that are read from now on."""
+    paths = dict(paths_by_keys(load_config("")))
+    assert len(paths) == len(list(paths_by_keys(load_config(""))))
+    keys = set()
+    original = YacsNode.__getattr__
+
+    def recording(node, name):
+        path = paths.get(frozenset(node))
+        if path is not None:
+            keys.add(path + name)
+        return original(node, name)
+
+    monkeypatch.setattr(YacsNode, "__getattr__", recording)
+    return keys
+
+
+@pytest.fixture
+def data(tiny_coco):
+    register_coco("every_key", str(tiny_coco), str(tiny_coco.parent / "images"))
+    yield
+    DatasetCatalog.remove("every_key")
+    MetadataCatalog.pop("every_key", None)
+
+
+def options(tmp_path, *more):
+    return [
+        *(*TINY_MODEL, "DATASETS.TRAIN", "('every_key',)", "DATASETS.TEST", "('every_key',)"),
+        *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"),
+        *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "TEST.PRECISE_BN.ENABLED", "True"),
+        *("MODEL.FPN.NORM", "BN", "TEST.PRECISE_BN.NUM_ITER", "1", "INPUT.CROP.ENABLED", "True"),
+        *("INPUT.MASK_FORMAT", "bitmask", *more),
+    ]
+
+
+def train(tmp_path, *more):
+    """As train_net.py does."""
+    args = argparse.Namespace(
+        config_file=str(ROOT / TINY_CONFIG),
+        opts=options(tmp_path, *more),
+        register=[],
+        resume=False,
+        eval_only=False,
+        skip_data_check=False,
+    )
+    cfg = setup(args)
+    trainer = BalancedTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return cfg
+
+
+@pytest.mark.slow
+def test_every_key_is_read(read, data, tmp_path, monkeypatch):
+    config_file = str(ROOT / TINY_CONFIG)
+    train(tmp_path, "MODEL.MASK_ON", "True", "MODEL.KEYPOINT_ON", "True")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: None))
+    start_wandb(load_config(config_file, options(tmp_path)))
+    for scheduler in ("WarmupMultiStepLR", "WarmupCosineLR"):
+        cfg = load_config(config_file, options(tmp_path, "SOLVER.LR_SCHEDULER_NAME", scheduler))
+        optimizer = BalancedTrainer.build_optimizer(cfg, torch.nn.Linear(1, 1))
+        BalancedTrainer.build_lr_scheduler(cfg, optimizer)
+    for name in SAMPLERS:
+        TrainLoader(load_config(config_file, options(tmp_path, "DATALOADER.SAMPLER_TRAIN", name)))
+    for more in VARIANTS.values():
+        if "RROIHeads" in more or "BalancedCascadeROIHeads" in more:
+            more = [*more, *ROTATED_AND_CASCADE]
+        cfg = load_config(config_file, options(tmp_path, *more, "MODEL.DEVICE", "meta"))
+        with torch.device("meta"):
+            model = build_model(cfg)
+        if more == VARIANTS["plain backbone"]:
+            GeneralizedRCNNWithTTA(cfg, model)
+    proposals = options(tmp_path, "MODEL.LOAD_PROPOSALS", "True")
+    cfg = load_config(config_file, proposals)
+    with pytest.raises(AssertionError):  # there are none, but they are asked for
+        TrainLoader(cfg)
+    DatasetMapper(cfg, is_train=True)
+    DatasetMapper(cfg, is_train=False)
+    cfg = load_config(config_file, [*proposals, "DATASETS.PROPOSAL_FILES_TEST", "('none.pkl',)"])
+    with pytest.raises(OSError):
+        BalancedTrainer.build_test_loader(cfg, "every_key")
+
+    unread = set(flat(load_config(""))) - read - NOT_READ.keys()
+    assert not unread, sorted(unread)
+
+
+@pytest.mark.slow
+def test_keys_that_default_setup_reads(data, tmp_path):
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    more = ["CUDNN_BENCHMARK", "True", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]
+    on_main = "FLOAT32_PRECISION" in load_config("")
+    try:
+        train(tmp_path, *more, *(["FLOAT32_PRECISION", "high"] if on_main else []))
+        assert torch.backends.cudnn.benchmark
+        assert not on_main or torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
