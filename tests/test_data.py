@@ -131,6 +131,11 @@ def test_check_of_classes(tmp_path, name):
     "opts, train, message",
     [
         ([], True, "DATASETS.TRAIN is empty"),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "Sampler"],
+            True,
+            "unknown DATALOADER.SAMPLER_TRAIN 'Sampler'",
+        ),
         ([], False, "DATASETS.TEST is empty"),
         (["DATASETS.TRAIN", "('nowhere',)"], True, "'nowhere' is not registered"),
         (["DATASETS.TEST", "('nowhere',)"], False, "'nowhere' is not registered"),

@@ -15,7 +15,7 @@ from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
 
 
 def recipes():
-    """The pieces of Python in CONTRIBUTING.md: sampler, loss, refinement, program."""
+    """The pieces of Python in CONTRIBUTING.md: sampler, loss, refinement, program, trainer."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
@@ -40,7 +40,7 @@ REFINEMENTS.register(witness("Depthwise"), name="depthwise_seen")
 
 @pytest.mark.parametrize("suffix", ["", "_seen"])
 def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
-    *entries, program = recipes()
+    *entries, program, _ = recipes()
     (tmp_path / "my_balances.py").write_text("".join(entries) + WITNESS)
     (tmp_path / "my_train_net.py").write_text(program)
     names = {"hardest_first": f"hardest_first{suffix}", "squared": f"squared{suffix}"}
@@ -65,6 +65,21 @@ def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
         assert len(set(bin2)) == 1
     weights = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)["model"]
     assert weights["backbone.balancer.refine.weight"].shape[1] == 1
+
+
+@pytest.mark.slow
+def test_trainer_of_contributing(tiny_coco, tmp_path):
+    """One class from data of two."""
+    (tmp_path / "one_class.py").write_text(recipes()[-1])
+    result = run_program(
+        *(tmp_path / "one_class.py", "--config-file", TINY_CONFIG, "--skip-data-check"),
+        *("--register", "mine", tiny_coco, tiny_coco.parent / "images"),
+        *(*TINY_MODEL, "OUTPUT_DIR", tmp_path / "output", "MODEL.ROI_HEADS.NUM_CLASSES", "1"),
+        *("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"),
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert logged(tmp_path / "output")[-1]["iteration"] == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from balanced_d2.data.checks.coco_file import check_coco
 from balanced_d2.data.checks.records import Finding, clean, found, label_of, tell
 from balanced_d2.data.classes import check_classes
 from balanced_d2.data.datasets.coco import annotation_errors_in
-from balanced_d2.utils.errors import UserError
+from balanced_d2.data.train_samplers import SAMPLERS
+from balanced_d2.utils.errors import UserError, check_choice
 from balanced_d2.utils.progress import WithBar
 
 
@@ -29,6 +30,8 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         UserError: naming the data set and all that is wrong with it.
     """
     trained, evaluated = _names(cfg, "TRAIN") if train else (), _names(cfg, "TEST")
+    if train:
+        check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
     if train and not trained:
         raise UserError("DATASETS.TRAIN is empty: there is nothing to train on")
     if not train and not evaluated:
