@@ -47,7 +47,7 @@ def bccd_root():
     return SHARED_DATA
 
 
-def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
+def write_coco(folder: Path, num_images: int = 6, seed: int = 0, suffix: str = ".jpg") -> Path:
     """Write a data set of bright (class 1) and dark (class 2) squares; return its JSON file.
 
     Each has a mask, and the middles of its left and right side as keypoints.
@@ -80,8 +80,9 @@ def write_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Path:
                     "num_keypoints": 2,
                 }
             )
-        cv2.imwrite(str(folder / "images" / f"{image_id}.jpg"), image)
-        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "height": 64, "width": 80})
+        file_name = f"{image_id}{suffix}"
+        cv2.imwrite(str(folder / "images" / file_name), image)
+        images.append({"id": image_id, "file_name": file_name, "height": 64, "width": 80})
     keypoints = {"keypoints": ["left_side", "right_side"], "skeleton": [[1, 2]]}
     categories = [{"id": i, "name": n, **keypoints} for i, n in ((1, "bright"), (2, "dark"))]
     json_file = folder / "annotations.json"
