@@ -1,4 +1,4 @@
-"""Every key of Detectron2's config and of ours is read on the way of a training or an evaluation."""
+"""Training and evaluation read every key of Detectron2's config and of ours."""
 
 import argparse
 import sys
