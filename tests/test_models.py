@@ -126,6 +126,14 @@ def test_adding_the_config_changes_no_default():
     assert after.keys() - before.keys() - detectron2s.keys() == {
         "DATALOADER.SKIP_BAD_IMAGES",
         "DATALOADER.MAX_BAD_IMAGES",
+        "MODEL.CHANNELS_LAST",
+        *(
+            f"MODEL.{node}.{key}"
+            for node in ("TIMM", "TORCHVISION")
+            for key in ("NAME", "PRETRAINED", "WEIGHTS", "NORM")
+        ),
+        "MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE",
+        "MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL",
         "MODEL.BALANCED_FPN.BOTTOM_UP",
         "MODEL.BALANCED_FPN.ENABLED",
         "MODEL.BALANCED_FPN.P7_RELU",

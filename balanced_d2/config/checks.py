@@ -110,14 +110,17 @@ def _idle_balances(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-def _set_for_heads(cfg: CfgNode) -> Iterator[Tuple[str, str]]:
+def _set_for_heads(cfg: CfgNode) -> Iterator[Tuple[str, object]]:
     """The balances of RoI heads that are on: key and value."""
-    heads, loss = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE
+    heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     for key in ("NEGATIVE_SAMPLER", "POSITIVE_SAMPLER"):
         if heads[key] != "random":
             yield f"MODEL.ROI_HEADS.{key}", heads[key]
-    if loss not in DETECTRON2_LOSSES:
-        yield "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss
+    if box_head.BBOX_REG_LOSS_TYPE not in DETECTRON2_LOSSES:
+        yield "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", box_head.BBOX_REG_LOSS_TYPE
+    for key, default in (("CANONICAL_BOX_SIZE", 224), ("CANONICAL_LEVEL", 4)):
+        if box_head[key] != default:
+            yield f"MODEL.ROI_BOX_HEAD.{key}", box_head[key]
 
 
 def _is_detectron2s(entry) -> bool:

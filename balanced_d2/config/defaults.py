@@ -22,6 +22,24 @@ def add_balanced_config(cfg: CN) -> None:
     # Of P3-P7: whether there is a ReLU between P6 and P7 (in MMDetection there is none).
     cfg.MODEL.BALANCED_FPN.P7_RELU = True
 
+    # Whether the model has its channels last in memory, which is faster on CPUs and, in mixed
+    # precision, on GPUs: in training, evaluation and detection.
+    cfg.MODEL.CHANNELS_LAST = False
+
+    # Networks of timm and torchvision, for BOTTOM_UP "build_timm_backbone" and
+    # "build_torchvision_backbone". How they expect an image (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT)
+    # is set when a config is loaded.
+    for node, name in (("TIMM", "tf_efficientnet_lite0"), ("TORCHVISION", "resnet50")):
+        cfg.MODEL[node] = CN()
+        # The network; timm's EfficientNet-Lite0 is fast on CPUs.
+        cfg.MODEL[node].NAME = name
+        # Whether it begins with its ImageNet weights, where MODEL.WEIGHTS is not set.
+        cfg.MODEL[node].PRETRAINED = True
+        # A local file with its weights, instead of those.
+        cfg.MODEL[node].WEIGHTS = ""
+        # Batch norm of the stages that are trained: "FrozenBN" or "BN".
+        cfg.MODEL[node].NORM = "FrozenBN"
+
     # Sampling of proposals, for BalancedROIHeads.
     # Negatives: "random" as in Detectron2, "iou_balanced", evenly over bins of IoU, or any other
     # entry of NEGATIVE_SAMPLERS.
@@ -31,6 +49,12 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
     # Into how many bins the IoU of negatives is split.
     cfg.MODEL.ROI_HEADS.NUM_BINS = 3
+
+    # The pyramid level that RoI heads pool a box from (Feature Pyramid Networks, equation 1): that
+    # of a box of this size, in pixels, and its number. Detectron2's are made for images of 800
+    # pixels; for smaller ones, a size in proportion makes use of all levels.
+    cfg.MODEL.ROI_BOX_HEAD.CANONICAL_BOX_SIZE = 224
+    cfg.MODEL.ROI_BOX_HEAD.CANONICAL_LEVEL = 4
 
     # Of Balanced L1, for BBOX_REG_LOSS_TYPE "balanced_l1" of MODEL.ROI_BOX_HEAD (with
     # BalancedROIHeads or BalancedCascadeROIHeads) and of MODEL.RETINANET (with BalancedRetinaNet).

@@ -10,6 +10,7 @@ from detectron2.config import get_cfg
 
 from balanced_d2.config.checks import check_names
 from balanced_d2.config.defaults import add_balanced_config
+from balanced_d2.config.pixels import complete_pixels
 from balanced_d2.utils.errors import UserError, raise_user_errors
 
 # What a mistake in a config ends in, within yacs and the YAML parser.
@@ -36,6 +37,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     with raise_user_errors("command line", *MISTAKES, explain=explain):
         cfg.merge_from_list(list(opts))
     check_names(cfg)
+    complete_pixels(cfg)
     return cfg
 
 

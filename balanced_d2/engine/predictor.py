@@ -7,6 +7,7 @@ from balanced_d2.checkpoint import load_weights
 from balanced_d2.config.checks import check_weights
 from balanced_d2.data.classes import model_metadata
 from balanced_d2.engine.defaults import use_available_device
+from balanced_d2.engine.memory_format import in_memory_format
 
 
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
@@ -26,7 +27,9 @@ def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     metadata = model_metadata(cfg)
     untrained = cfg.clone()
     untrained.MODEL.WEIGHTS = ""  # Detectron2 would leave what a checkpoint lacks at random
+    for backbone in (untrained.MODEL.TIMM, untrained.MODEL.TORCHVISION):
+        backbone.PRETRAINED, backbone.WEIGHTS = False, ""
     predictor = DefaultPredictor(untrained)
-    load_weights(predictor.model, cfg.MODEL.WEIGHTS)
+    load_weights(in_memory_format(cfg, predictor.model), cfg.MODEL.WEIGHTS)
     predictor.metadata = metadata
     return predictor

@@ -21,6 +21,11 @@ from balanced_d2.modeling.roi_heads import (
     BalancedCascadeROIHeads,
     BalancedROIHeads,
 )
+from balanced_d2.modeling.timm_backbone import TimmBackbone, build_timm_backbone
+from balanced_d2.modeling.torchvision_backbone import (
+    TorchvisionBackbone,
+    build_torchvision_backbone,
+)
 
 __all__ = [
     *layers.__all__,
@@ -32,9 +37,13 @@ __all__ = [
     "BalancedROIHeads",
     "BalancedRetinaNet",
     "BalancedSamplingMixin",
+    "TimmBackbone",
+    "TorchvisionBackbone",
     "build_balanced_fpn_backbone",
     "build_balanced_resnet_fpn_backbone",
     "build_balanced_retinanet_fpn_backbone",
     "build_balanced_retinanet_resnet_fpn_backbone",
+    "build_timm_backbone",
+    "build_torchvision_backbone",
     "check_balanced",
 ]

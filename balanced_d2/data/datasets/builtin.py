@@ -13,14 +13,16 @@ from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.datasets.shapes import CLASSES, SPLITS, ensure_shapes
 
 
-def register_bccd(root: str) -> None:
-    """BCCD, blood cells: ``root/bccd/{images/,train.json,val.json}``."""
-    folder = os.path.join(root, "bccd")
-    for split in ("train", "val"):
-        name = f"bccd_{split}"
-        if name not in DatasetCatalog:
-            json_file = os.path.join(folder, f"{split}.json")
-            register_coco(name, json_file, os.path.join(folder, "images"))
+def register_published(root: str) -> None:
+    """BCCD, blood cells, and Aquarium: ``root/NAME/{train.json,val.json}``, with BCCD's images in
+    ``images/`` beside them, and Aquarium's where the file says."""
+    for dataset, images in (("bccd", "images"), ("aquarium", "")):
+        folder = os.path.join(root, dataset)
+        for split in ("train", "val"):
+            name = f"{dataset}_{split}"
+            if name not in DatasetCatalog:
+                json_file = os.path.join(folder, f"{split}.json")
+                register_coco(name, json_file, os.path.join(folder, images))
 
 
 def register_balanced_shapes(root: str) -> None:
@@ -40,5 +42,5 @@ def register_balanced_shapes(root: str) -> None:
 
 
 _root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-register_bccd(_root)
+register_published(_root)
 register_balanced_shapes(_root)
