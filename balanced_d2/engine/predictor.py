@@ -7,7 +7,7 @@ from balanced_d2.checkpoint import load_weights
 from balanced_d2.config.checks import check_weights
 from balanced_d2.data.classes import model_metadata
 from balanced_d2.engine.defaults import use_available_device
-from balanced_d2.engine.memory_format import in_memory_format
+from balanced_d2.engine.speed import speed_up
 
 
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
@@ -30,6 +30,6 @@ def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     for backbone in (untrained.MODEL.TIMM, untrained.MODEL.TORCHVISION):
         backbone.PRETRAINED, backbone.WEIGHTS = False, ""
     predictor = DefaultPredictor(untrained)
-    load_weights(in_memory_format(cfg, predictor.model), cfg.MODEL.WEIGHTS)
+    load_weights(speed_up(cfg, predictor.model), cfg.MODEL.WEIGHTS)
     predictor.metadata = metadata
     return predictor

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
-from balanced_d2.engine.memory_format import in_memory_format
+from balanced_d2.engine.speed import speed_up
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
 from balanced_d2.modeling.checks import check_balanced
@@ -83,7 +83,7 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        return in_memory_format(cfg, super().build_model(cfg))
+        return speed_up(cfg, super().build_model(cfg))
 
     @classmethod
     def build_train_loader(cls, cfg):
