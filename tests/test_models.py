@@ -127,6 +127,7 @@ def test_adding_the_config_changes_no_default():
         "DATALOADER.SKIP_BAD_IMAGES",
         "DATALOADER.MAX_BAD_IMAGES",
         "MODEL.CHANNELS_LAST",
+        "TEST.AMP.ENABLED",
         "MODEL.SPARSE_ROI_ALIGN",
         *(
             f"MODEL.{node}.{key}"

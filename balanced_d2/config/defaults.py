@@ -85,6 +85,10 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
     cfg.DATALOADER.MAX_BAD_IMAGES = 100
 
+    # Mixed precision in evaluation and detection; SOLVER.AMP is for training only. On CPUs both are
+    # bfloat16.
+    cfg.TEST.AMP = CN({"ENABLED": False})
+
     # How many images of each test data set TensorBoard shows with ground truth and detections,
     # every time a training evaluates; 0: none.
     cfg.TEST.NUM_IMAGES_SHOWN = 4

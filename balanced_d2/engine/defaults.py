@@ -1,11 +1,9 @@
 """What happens before training or evaluation starts: arguments, config, log, device."""
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Type
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
@@ -18,6 +16,7 @@ from balanced_d2.data.checks.for_model import check_datasets
 from balanced_d2.data.datasets.register import add_register_argument, register_from
 from balanced_d2.engine.launch import in_main_process
 from balanced_d2.engine.lazy import LazyTrainer
+from balanced_d2.engine.speed import use_available_device
 from balanced_d2.engine.trainer import BalancedTrainer
 from balanced_d2.evaluation.evaluators import check_packages
 from balanced_d2.utils.errors import UserError
@@ -109,15 +108,3 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def trainer_for(cfg: CfgNode) -> Type[BalancedTrainer]:
     """The class of the trainer for a config that :func:`setup` has returned."""
     return LazyTrainer if isinstance(cfg, LazyCfgNode) else BalancedTrainer
-
-
-def use_available_device(cfg: CfgNode) -> None:
-    """Without CUDA on the machine, set ``cfg`` to the CPU in full precision, and say so."""
-    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
-        return
-    message = "no CUDA on this machine: running on the CPU"
-    if cfg.SOLVER.AMP.ENABLED:
-        message += ", in full precision (mixed precision needs CUDA)"
-    logging.getLogger(__name__).warning(message)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.SOLVER.AMP.ENABLED = False

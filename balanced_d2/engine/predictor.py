@@ -6,8 +6,7 @@ from detectron2.engine import DefaultPredictor
 from balanced_d2.checkpoint import load_weights
 from balanced_d2.config.checks import check_weights
 from balanced_d2.data.classes import model_metadata
-from balanced_d2.engine.defaults import use_available_device
-from balanced_d2.engine.speed import speed_up
+from balanced_d2.engine.speed import speed_up, use_available_device
 
 
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:

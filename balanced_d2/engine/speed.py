@@ -1,6 +1,8 @@
-"""What makes a model faster and changes its results by rounding at most."""
+"""What makes a model faster and changes its results by rounding only."""
 
 import logging
+import re
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -8,13 +10,61 @@ from torch import nn
 
 from balanced_d2.modeling.roi_align import use_sparse_roi_align
 
+logger = logging.getLogger(__name__)
+
 
 def speed_up(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """Prepare a model as ``MODEL.CHANNELS_LAST`` and ``MODEL.SPARSE_ROI_ALIGN`` say."""
+    """Prepare a model as the config says: ``MODEL.CHANNELS_LAST``, ``MODEL.SPARSE_ROI_ALIGN`` and,
+    for inference, ``TEST.AMP.ENABLED``."""
     if cfg.MODEL.SPARSE_ROI_ALIGN:
         if not torch.backends.mkl.is_available():
-            logging.getLogger(__name__).warning(
-                "MODEL.SPARSE_ROI_ALIGN has no effect: this PyTorch has no MKL"
-            )
+            logger.warning("MODEL.SPARSE_ROI_ALIGN has no effect: this PyTorch has no MKL")
         use_sparse_roi_align(model)
-    return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+    if cfg.MODEL.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
+    if cfg.TEST.AMP.ENABLED:
+        autocast(model, cfg.MODEL.DEVICE, training=False)
+    return model
+
+
+def autocast(model: nn.Module, device: str, training: bool) -> None:
+    """Let a model compute in mixed precision: bfloat16 on CPUs, float16 on GPUs.
+
+    Args:
+        device: of the model.
+        training: whether in training mode, or else in evaluation mode.
+    """
+    forward, device_type = model.forward, torch.device(device).type
+    dtype = torch.bfloat16 if device_type == "cpu" else torch.float16
+
+    def forward_in_mixed_precision(*args, **kwargs):
+        if model.training != training:
+            return forward(*args, **kwargs)
+        with torch.autocast(device_type, dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = forward_in_mixed_precision  # as torch.autocast does with a function
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; without it, mixed precision is slower."""
+    if hasattr(torch.cpu, "get_capabilities"):  # new in PyTorch 2.10
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and bool(
+        re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.read_text())
+    )
+
+
+def use_available_device(cfg: CfgNode) -> None:
+    """Without CUDA on the machine, set ``cfg`` to the CPU, and say so; on CPUs that gain nothing
+    from mixed precision, also to full precision."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("no CUDA on this machine: running on the CPU")
+        cfg.MODEL.DEVICE = "cpu"
+    nodes = [node for node in (cfg.SOLVER.AMP, cfg.TEST.AMP) if node.ENABLED]
+    if cfg.MODEL.DEVICE == "cpu" and nodes and not has_fast_bfloat16():
+        logger.warning("this CPU is not faster in bfloat16: running in full precision")
+        for node in nodes:
+            node.ENABLED = False

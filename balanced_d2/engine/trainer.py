@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
-from balanced_d2.engine.speed import speed_up
+from balanced_d2.engine.speed import autocast, speed_up
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
 from balanced_d2.modeling.checks import check_balanced
@@ -46,8 +46,12 @@ class BalancedTrainer(DefaultTrainer):
         if self.build_evaluator.__qualname__ == BalancedTrainer.build_evaluator.__qualname__:
             for name in cfg.DATASETS.TEST:
                 check_evaluator(name)
+        mixed_on_cpu = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"
         with ddp_arguments(self.ddp_arguments(cfg)):
-            super().__init__(cfg)
+            # Detectron2's trainer for mixed precision takes CUDA only.
+            super().__init__(_without_amp(cfg) if mixed_on_cpu else cfg)
+        if mixed_on_cpu:
+            autocast(_unwrapped(self.model), "cpu", training=True)
         check_space(cfg.OUTPUT_DIR, _size_of_checkpoint(self._trainer.model))
 
     @classmethod
@@ -220,6 +224,14 @@ def with_validation_images(
         return evaluator
     shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
     return DatasetEvaluators([evaluator, shown])
+
+
+def _without_amp(cfg: CfgNode) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.AMP.ENABLED = False
+    cfg.freeze()
+    return cfg
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
