@@ -22,9 +22,9 @@ from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_CONFIG
 
-KINDS = ("tracing", "scripting", "onnx")
+KINDS = ("tracing", "onnx")
 # What an exported model may differ by: boxes in pixels, scores.
-TOLERANCE = {"tracing": (1e-3, 1e-5), "scripting": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+TOLERANCE = {"tracing": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
 MASK_TOLERANCE = {"tracing": 1e-4, "onnx": 1e-2}
 METADATA = {"class_names": ["a", "b", "c"]}
 SIZES = [(64, 96), (97, 211), (33, 190), (224, 160), (150, 149)]
@@ -58,7 +58,7 @@ def exported(model, kind, folder):
     path = str(folder / kind)
     example = smooth_image(120, 140, seed=1)
     if kind != "onnx":
-        export.export_torchscript(model, example, path, METADATA, kind)
+        export.export_torchscript(model, example, path, METADATA)
         return torch.jit.load(path)
     export.export_onnx(model, example, path, METADATA)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -257,18 +257,10 @@ def test_export_leaves_the_model_as_it_is(kind, tmp_path):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "method, name",
-    [
-        ("scripting", "plain"),
-        ("tracing", "plain"),
-        ("tracing", "masks and keypoints"),
-        ("tracing", "RetinaNet"),
-    ],
-)
-def test_no_device_in_the_file(method, name, tmp_path):
-    exported(small_model(*ARCHITECTURES.get(name, [])), method, tmp_path)
-    with zipfile.ZipFile(tmp_path / method) as archive:
+@pytest.mark.parametrize("name", ["plain", "masks and keypoints", "RetinaNet"])
+def test_no_device_in_the_file(name, tmp_path):
+    exported(small_model(*ARCHITECTURES.get(name, [])), "tracing", tmp_path)
+    with zipfile.ZipFile(tmp_path / "tracing") as archive:
         code = {
             name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")
         }
@@ -282,11 +274,10 @@ def test_no_device_in_the_file(method, name, tmp_path):
 
 @pytest.mark.slow
 def test_metadata_is_in_the_file(tmp_path):
-    for method in ("tracing", "scripting"):
-        exported(small_model(), method, tmp_path)
-        files = {"balanced_d2.json": ""}
-        torch.jit.load(str(tmp_path / method), _extra_files=files)
-        assert json.loads(files["balanced_d2.json"]) == METADATA
+    exported(small_model(), "tracing", tmp_path)
+    files = {"balanced_d2.json": ""}
+    torch.jit.load(str(tmp_path / "tracing"), _extra_files=files)
+    assert json.loads(files["balanced_d2.json"]) == METADATA
     exported(small_model(), "onnx", tmp_path)
     session = onnxruntime.InferenceSession(tmp_path / "onnx", providers=["CPUExecutionProvider"])
     properties = session.get_modelmeta().custom_metadata_map
@@ -391,21 +382,18 @@ def test_nms_equals_torchvisions(build):
 
 
 @pytest.mark.parametrize(
-    "opts, methods, message",
+    "opts, kinds, message",
     [
         (["MODEL.META_ARCHITECTURE", "PanopticFPN"], KINDS, "meta-architecture PanopticFPN cannot"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], KINDS, "given its proposals"),
-        (PLAIN_RETINANET, ["scripting"], "RetinaNet cannot be exported by scripting: .*tracing"),
-        (MASKS, ["scripting"], "predicts masks cannot be exported by scripting: .*tracing"),
-        (KEYPOINTS, ["scripting"], "predicts keypoints cannot be exported by scripting"),
-        (KEYPOINTS, ["onnx"], "predicts keypoints cannot be exported to ONNX: .*tracing"),
+        (KEYPOINTS, ["onnx"], "predicts keypoints cannot be exported to ONNX: .* to TorchScript"),
     ],
 )
-def test_models_that_cannot_be_exported(opts, methods, message, tmp_path):
+def test_models_that_cannot_be_exported(opts, kinds, message, tmp_path):
     model = small_model(*opts)
-    for method in methods:
+    for kind in kinds:
         with pytest.raises(UserError, match=message):
-            exported(model, method, tmp_path)
+            exported(model, kind, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -417,16 +405,6 @@ def test_training_mode_is_refused(tmp_path):
         with pytest.raises(UserError, match="is in training mode; call model.eval()"):
             write(model, image, str(tmp_path / "model"), {})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_cannot_be_scripted_is_told(tmp_path):
-    model = small_model(
-        *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
-        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
-        config="configs/BCCD/faster_rcnn_R_18_FPN.yaml",
-    )
-    with pytest.raises(UserError, match="export it by tracing"):
-        export.script(model)
 
 
 def test_a_failing_export_keeps_the_file_that_was_there(tmp_path):

@@ -27,12 +27,11 @@ from .test_export import KEYPOINTS, MASKS, METADATA, small_model, smooth_image
 pytestmark = pytest.mark.slow
 
 EXPORTS = {
-    "tracing": ("model.ts", []),
-    "scripting": ("model.ts", ["--method", "scripting"]),
+    "tracing": ("model.ts", ["--method", "tracing"]),  # which old commands say
     "onnx": ("model.onnx", ["--format", "onnx"]),
 }
 # Boxes in pixels, scores.
-TOLERANCES = {"tracing": (1e-3, 1e-5), "scripting": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+TOLERANCES = {"tracing": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +158,10 @@ def test_runner_without_detectron2_equals_evaluation(
 
 
 def test_torchscript_needs_only_torch_and_torchvision(exports, bare):
-    files = [str(exports[kind][0]) for kind in ("tracing", "scripting")]
     result = run_python(
-        "import itertools, sys, torch, torchvision\n"
-        f"models = map(torch.jit.load, {files})\n"
-        "for model, dtype in itertools.product(models, (torch.uint8, torch.float32)):\n"
+        "import sys, torch, torchvision\n"
+        f"model = torch.jit.load({str(exports['tracing'][0])!r})\n"
+        "for dtype in (torch.uint8, torch.float32):\n"
         "    image = torch.zeros(3, 77, 131, dtype=dtype)\n"
         "    boxes, classes, scores, size = model(image)\n"
         "    assert size.tolist() == [77, 131] and boxes.shape == (len(scores), 4)\n"
@@ -396,15 +394,15 @@ def weights(tmp_path_factory):
             ],
             ["the meta-architecture PanopticFPN cannot be exported"],
         ),
-        "scripting for ONNX": (
-            ["--format", "onnx", "--method", "scripting"],
+        "scripting": (
+            ["--method", "scripting"],
             ["MODEL.WEIGHTS", "{weights}/model.pth"],
-            ["--method scripting"],
+            ["--method scripting was retired", "tracing"],
         ),
         "keypoints for ONNX": (
             ["--format", "onnx"],
             ["MODEL.WEIGHTS", "{weights}/model.pth", *KEYPOINTS],
-            ["predicts keypoints cannot be exported to ONNX", "by tracing"],
+            ["predicts keypoints cannot be exported to ONNX", "to TorchScript"],
         ),
         "sample image": (
             ["--sample-image", "{weights}/none.jpg"],

@@ -24,8 +24,11 @@ EXTENSIONS = {"torchscript": "ts", "onnx": "onnx"}
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.format == "onnx" and args.method == "scripting":
-        raise UserError("ONNX is written by tracing; leave out --method scripting")
+    if args.method == "scripting":
+        raise UserError(
+            "--method scripting was retired, since PyTorch has deprecated scripting; leave it out: "
+            "every model can be exported by tracing"
+        )
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")
@@ -34,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     metadata = export.describe(cfg)
     example, *images = export.sample_images(cfg, args.sample_image)
     model = build_model(cfg).eval()
-    export.check_exportable(model, "onnx" if args.format == "onnx" else args.method)
+    export.check_exportable(model, args.format)
     load_weights(model, cfg.MODEL.WEIGHTS)
 
     if args.format == "onnx":
@@ -43,8 +46,8 @@ def main(args: argparse.Namespace) -> None:
         print(
             "note: PyTorch has deprecated TorchScript in favour of torch.export; see docs/export.md"
         )
-        export.export_torchscript(model, example, path, metadata, args.method)
-    print(f"written by {args.method}: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
+        export.export_torchscript(model, example, path, metadata)
+    print(f"written by tracing: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
     if args.verify:
         verify(model, path, images, args.format)
 
@@ -74,8 +77,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--format", choices=EXTENSIONS, default="torchscript")
+    # From the time when there was a choice: commands of then still run.
     parser.add_argument(
-        "--method", choices=export.METHODS, default="tracing", help="of writing TorchScript"
+        "--method", choices=("tracing", "scripting"), default="tracing", help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--sample-image",

@@ -10,16 +10,6 @@ from torch import nn
 
 from balanced_d2.utils.errors import UserError
 
-# What a model is or predicts, the ways of exporting that are refused for it, and why.
-_REFUSED = {
-    "RetinaNet": {"scripting": "TorchScript cannot compile how it decodes its boxes"},
-    "masks": {"scripting": "a scripted model gives boxes only"},
-    "keypoints": {
-        "scripting": "a scripted model gives boxes only",
-        "onnx": "they are searched for in a loop that PyTorch cannot write as ONNX",
-    },
-}
-
 
 # A script, so that a trace holds no device and no dtype of the example.
 @torch.jit.script_if_tracing
@@ -32,7 +22,7 @@ class Deployable(nn.Module):
 
     Args:
         model: a ``GeneralizedRCNN`` or ``RetinaNet`` in evaluation mode. It is not copied.
-        method: as for :func:`check_exportable`.
+        format: as for :func:`check_exportable`.
 
     Attributes:
         outputs: the names of what it returns.
@@ -41,16 +31,14 @@ class Deployable(nn.Module):
         UserError: if the model is in training mode or of a kind that cannot be exported.
     """
 
-    def __init__(self, model: GeneralizedRCNN | RetinaNet, method: str = "tracing"):
+    def __init__(self, model: GeneralizedRCNN | RetinaNet, format: str = "torchscript"):
         super().__init__()
-        check_exportable(model, method)
+        check_exportable(model, format)
         self.model = model
         self.outputs = output_names(**_branches(model))
         self.eval()
 
-    def forward(
-        self, image: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         """
         Args:
             image: shape (C, H, W), in the range [0, 255], any dtype, channels in the order of
@@ -67,20 +55,14 @@ class Deployable(nn.Module):
             and keypoints of shape (N, K, 3), x and y in pixels of ``image`` and a score above 0.
         """
         image = _like(image, self.model.pixel_mean)
-        if torch.jit.is_scripting():
-            detections = self.model.inference([{"image": image}], do_postprocess=False)[0]
-        else:
-            detections = self._detect(image)
+        detections = self._detect(image)
         # Detectron2's postprocessing, to the size of the input, comes down to this.
         kept = detections.pred_boxes.nonempty()
         boxes = detections.pred_boxes.tensor[kept]
         classes = detections.pred_classes[kept]
         scores = detections.scores[kept]
         image_size = shapes_to_tensor(image.shape[-2:])
-        if torch.jit.is_scripting():
-            return boxes, classes, scores, image_size
-        else:  # TorchScript does not compile this branch, where the number of tensors is not known
-            return (boxes, classes, scores, *_additional(detections, kept), image_size)
+        return boxes, classes, scores, *_additional(detections, kept), image_size
 
     def _detect(self, image: torch.Tensor) -> Instances:
         inputs = [{"image": image}]
@@ -116,11 +98,11 @@ def _branches(model: nn.Module) -> dict:
     }
 
 
-def check_exportable(model: nn.Module, method: str = "tracing") -> None:
+def check_exportable(model: nn.Module, format: str = "torchscript") -> None:
     """Raise :class:`UserError` if a model is of a kind, or in a mode, that cannot be exported.
 
     Args:
-        method: ``"tracing"`` or ``"scripting"``, both to TorchScript, or ``"onnx"``.
+        format: ``"torchscript"`` or ``"onnx"``.
     """
     is_retinanet = isinstance(model, RetinaNet)
     if not is_retinanet and (
@@ -134,14 +116,12 @@ def check_exportable(model: nn.Module, method: str = "tracing") -> None:
             "a model that is given its proposals cannot be exported "
             "(MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals)"
         )
-    for kind, applies in {"RetinaNet": is_retinanet, **_branches(model)}.items():
-        if applies and method in _REFUSED[kind]:
-            way = {"onnx": "to ONNX", "scripting": "by scripting"}[method]
-            what = kind if is_retinanet else f"a model that predicts {kind}"
-            raise UserError(
-                f"{what} cannot be exported {way}: {_REFUSED[kind][method]}; export it to "
-                "TorchScript by tracing (--format torchscript --method tracing)"
-            )
+    if format == "onnx" and _branches(model)["keypoints"]:
+        raise UserError(
+            "a model that predicts keypoints cannot be exported to ONNX: they are searched for in "
+            "a loop that PyTorch cannot write as ONNX; export it to TorchScript "
+            "(--format torchscript)"
+        )
 
 
 def cannot_be_exported(meta_architecture: str) -> UserError:

@@ -39,7 +39,7 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
             "exporting to ONNX needs the packages onnx and onnxruntime: "
             "pip install onnx onnxruntime"
         ) from error
-    deployable = Deployable(model, "onnx")
+    deployable = Deployable(model, format="onnx")
     with replacing(path) as temporary:
         with traceable(onnx_batched_nms):
             torch.onnx.export(

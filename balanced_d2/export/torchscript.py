@@ -1,49 +1,30 @@
-"""Export to TorchScript, by tracing or by scripting."""
+"""Export to TorchScript, by tracing."""
 
-import copy
 import json
 
 import torch
-from detectron2.export import scripting_with_instances
-from detectron2.structures import Boxes
 from torch import nn
 
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import scripted_batched_nms
 from balanced_d2.export.tracing import no_export_warnings, traceable
-from balanced_d2.utils.errors import UserError, check_choice
 from balanced_d2.utils.files import replacing
 
-METHODS = ("tracing", "scripting")
 
-# The fields of Instances at inference, which TorchScript has to know beforehand.
-_FIELDS = {
-    "proposal_boxes": Boxes,
-    "objectness_logits": torch.Tensor,
-    "pred_boxes": Boxes,
-    "scores": torch.Tensor,
-    "pred_classes": torch.Tensor,
-}
-
-
-def export_torchscript(
-    model: nn.Module, image: torch.Tensor, path: str, metadata: dict, method: str = "tracing"
-) -> None:
+def export_torchscript(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
     """Write a detector as a TorchScript file that needs only torch and torchvision.
 
     Args:
         model: as for :class:`Deployable`. It stays as it is.
-        image: as for :func:`trace`; not used by scripting.
+        image: as for :func:`trace`.
         path: the file. One that is there is replaced when the new one is complete.
         metadata: stored in the file as JSON, see :func:`balanced_d2.export.describe`.
-        method: ``"tracing"`` or ``"scripting"``.
 
     Raises:
-        UserError: if the model cannot be exported in this way or the file not be written.
+        UserError: if the model cannot be exported or the file not be written.
     """
-    check_choice("method (--method)", method, METHODS)
-    module = trace(model, image) if method == "tracing" else script(model)
+    module = trace(model, image)
     with replacing(path) as temporary, no_export_warnings():
         torch.jit.save(module, temporary, _extra_files={METADATA_FILE: json.dumps(metadata)})
 
@@ -62,28 +43,6 @@ def trace(model: nn.Module, image: torch.Tensor) -> torch.jit.ScriptModule:
         if module._c._has_method("forward"):
             _take_devices_from_inputs(module.graph)
     return traced
-
-
-def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """:class:`Deployable` of a model, scripted.
-
-    Args:
-        model: as for :class:`Deployable`. It stays as it is.
-
-    Raises:
-        UserError: if TorchScript cannot compile the model.
-    """
-    # Scripting takes its module apart, so it is given a copy.
-    deployable = copy.deepcopy(Deployable(model, "scripting"))
-    try:
-        with no_export_warnings():
-            return scripting_with_instances(deployable, _FIELDS)
-    except (RuntimeError, torch.jit.frontend.FrontendError) as error:
-        reason = next(line for line in str(error).splitlines() if line.strip())
-        raise UserError(
-            f"TorchScript cannot compile this model ({reason.strip()}); export it by tracing "
-            "(--method tracing)"
-        ) from error
 
 
 def _take_devices_from_inputs(graph: torch.Graph) -> None:

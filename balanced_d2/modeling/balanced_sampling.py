@@ -25,9 +25,7 @@ from balanced_d2.utils.errors import UserError
 COUNT_PERIOD = 20
 
 
-# What the mixins use is the other base class's. Only type checkers see it as theirs: TorchScript
-# reads the annotations of the first class that has any, so they cannot be declared in a mixin.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to type checkers, what a mixin uses is that of the class it is mixed into
     from detectron2.modeling.roi_heads import ROIHeads as _Mixin
 else:
     _Mixin = object

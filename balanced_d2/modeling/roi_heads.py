@@ -1,8 +1,7 @@
 """RoI heads that sample their proposals, and regress their boxes, in a balanced way."""
 
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Any, Dict
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
@@ -12,13 +11,9 @@ from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from detectron2.modeling.roi_heads import ROIHeads as _Mixin
-else:
-    _Mixin = object
 
 
-class BalancedBoxLossMixin(_Mixin):
+class BalancedBoxLossMixin:
     """Any registered box loss, and the levels of the poolers, for a ``StandardROIHeads``.
 
     By config: ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``, ``CANONICAL_BOX_SIZE`` and
@@ -27,15 +22,19 @@ class BalancedBoxLossMixin(_Mixin):
 
     @classmethod
     def _init_mask_head(cls, cfg, input_shape):
-        return _with_canonical_box(cfg, super()._init_mask_head(cfg, input_shape))
+        # What super() has is the other base class's.
+        head = super()._init_mask_head(cfg, input_shape)  # type: ignore[misc]
+        return _with_canonical_box(cfg, head)
 
     @classmethod
     def _init_keypoint_head(cls, cfg, input_shape):
-        return _with_canonical_box(cfg, super()._init_keypoint_head(cfg, input_shape))
+        head = super()._init_keypoint_head(cfg, input_shape)  # type: ignore[misc]
+        return _with_canonical_box(cfg, head)
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
-        ret = _with_canonical_box(cfg, super()._init_box_head(cfg, input_shape))
+        ret = super()._init_box_head(cfg, input_shape)  # type: ignore[misc]
+        ret = _with_canonical_box(cfg, ret)
         if build_box_reg_loss(cfg.MODEL.ROI_BOX_HEAD) is None:  # Detectron2's own
             return ret
         if "box_predictor" in ret:
@@ -70,12 +69,6 @@ class BalancedROIHeads(BalancedSamplingMixin, BalancedBoxLossMixin, StandardROIH
 
     Args: see :class:`BalancedSamplingMixin`; the others are those of ``StandardROIHeads``.
     """
-
-    # TorchScript drops the branches for masks and keypoints where these are constants. Detectron2
-    # says so of the base class, but each class has annotations of its own. Type checkers want a
-    # value beside a Final, TorchScript takes that of the instance.
-    mask_on: torch.jit.Final[bool]  # type: ignore[misc]
-    keypoint_on: torch.jit.Final[bool]  # type: ignore[misc]
 
 
 @ROI_HEADS_REGISTRY.register()
