@@ -250,7 +250,7 @@ def test_builders(builder, levels, refine_level):
     ],
 )
 def test_gradients_of_a_balanced_fpn(top_block, refine_level):
-    """The levels are overwritten where that is possible; the gradient is that of the plain form."""
+    """Also where the top block reads a level that is balanced."""
     bottom_up = build_resnet_backbone(config(R_18.format("")), ShapeSpec(channels=3))
     levels = ["res3", "res4", "res5"]
     fpn = BalancedFPN(bottom_up, levels, 16, top_block=top_block(), refine_level=refine_level)

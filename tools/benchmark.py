@@ -329,15 +329,15 @@ def measure_parts(bench: Bench, scale: float) -> None:
     }
 
     @torch.no_grad()
-    def forward(balancer, **arguments):
-        balancer(features, **arguments)
+    def forward(balancer):
+        balancer(features)
 
     where = f"batch 2, {height} x {width}, {channels} channels"
     bench.compare(
         f"feature balancing, forward, {where}",
         {
             "explicit N x N": lambda: forward(explicit),
-            **{name: (lambda b=b: forward(b, inplace=True)) for name, b in balancers.items()},
+            **{name: (lambda b=b: forward(b)) for name, b in balancers.items()},
         },
     )
     bench.compare(

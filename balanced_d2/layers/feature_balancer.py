@@ -2,13 +2,13 @@
 
 from collections import OrderedDict
 from functools import partial
-from typing import List
+from typing import List, Sequence
 
 import torch
 from torch import nn
 
 from balanced_d2.layers.non_local import NonLocal2d
-from balanced_d2.layers.rescale import adaptive_max_pool, add_nearest, fork_pooled, nearest
+from balanced_d2.layers.rescale import adaptive_max_pool, add_nearest, nearest
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
@@ -81,31 +81,26 @@ class FeatureBalancer(nn.Module):
                 f"pyramid has {num_levels} levels; choose 0 to {num_levels - 1}"
             )
 
-    def forward(self, features: List[torch.Tensor], inplace: bool = False) -> List[torch.Tensor]:
+    def forward(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """
         Args:
             features: the levels from fine to coarse, each of shape (N, in_channels, H_i, W_i).
-            inplace: whether they may be overwritten, which saves time and memory.
+                They stay as they are.
 
         Returns:
             The balanced levels, of the same shapes.
+
+        Raises:
+            UserError: if there is no level ``refine_level``.
         """
-        if not torch.jit.is_scripting():
-            self.check_levels(len(features))
-        refined_level = features[self.refine_level]
-        balanced = torch.zeros_like(refined_level)
-        residuals: List[torch.Tensor] = []
-        for level, feature in enumerate(features):
-            if level < self.refine_level:
-                feature, rescaled = fork_pooled(feature, refined_level)
-            else:
-                rescaled = nearest(feature, refined_level)
-            residuals.append(feature)
-            balanced = balanced + rescaled
-        balanced = self.refine(balanced / len(features))
+        self.check_levels(len(features))
+        level = self.refine_level
+        finer, refined, coarser = features[:level], features[level], features[level + 1 :]
+        gathered = [adaptive_max_pool(x, refined) for x in finer]
+        gathered += [refined, *(nearest(x, refined) for x in coarser)]
+        balanced = self.refine(sum(gathered[1:], gathered[0]) / len(features))
         return [
-            add_nearest(residual, balanced, inplace)
-            if level < self.refine_level
-            else residual + adaptive_max_pool(balanced, residual)
-            for level, residual in enumerate(residuals)
+            *(add_nearest(x, balanced) for x in finer),
+            refined + balanced,
+            *(x + adaptive_max_pool(balanced, x) for x in coarser),
         ]

@@ -10,8 +10,9 @@ class NonLocal2d(nn.Module):
 
     ``x + conv_out(softmax(theta(x)^T phi(x)) g(x))`` with the softmax over all positions and no
     scaling of the logits (Libra R-CNN, section 3.2; Non-local Neural Networks, equation 4). The
-    positions x positions matrix is never held in memory: the product is computed by PyTorch's
-    fused attention. ``conv_out`` starts at zero, so a new block is the identity.
+    positions x positions matrix is not held in memory: the product is computed by PyTorch's fused
+    attention. Only for derivatives that the latter lacks (``create_graph=True``, ``torch.func``,
+    forward mode) is it. ``conv_out`` starts at zero, so a new block is the identity.
 
     Args:
         channels: number of channels of input and output.
@@ -48,15 +49,70 @@ class NonLocal2d(nn.Module):
         attended_to = channels_last
         if self.pool_keys:
             attended_to = F.max_pool2d(channels_last, 2, ceil_mode=True)
-        attended = F.scaled_dot_product_attention(
+        attended = _attend(
             _as_tokens(self.theta(channels_last)),
             _as_tokens(self.phi(attended_to)),
             _as_tokens(self.g(attended_to)),
-            scale=1.0,
         )
-        return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+        refined = channels_last + self.conv_out(
+            attended.squeeze(1).transpose(1, 2).reshape(x.shape)
+        )
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return refined
+        return _channels_first(refined)
 
 
 def _as_tokens(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) to (N, 1 head, H * W, C)."""
     return x.flatten(2).transpose(1, 2).unsqueeze(1)
+
+
+def _channels_first(x: torch.Tensor) -> torch.Tensor:
+    """``x.contiguous()`` of what is in channels-last order, several times faster on CPUs.
+
+    As the transposition of a matrix, (N * H * W, C) to (C, N * H * W), and a copy of whole planes.
+    """
+    number, channels, height, width = x.shape
+    planes = x.permute(0, 2, 3, 1).reshape(-1, channels).t().contiguous()
+    return planes.view(channels, number, height, width).transpose(0, 1).contiguous()
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention without scaling, of tokens (N, 1, positions, C), differentiable as often as needed.
+
+    PyTorch's fused attention has first derivatives in reverse mode only. All others are those of
+    the explicit matrix, which is then held in memory.
+    """
+    try:
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    except NotImplementedError:  # forward mode, as in torch.func.jvp
+        return _attend_explicitly(query, key, value)
+    if attended.requires_grad and not torch.compiler.is_compiling():
+        return _TwiceDifferentiable.apply(attended, query, key, value)
+    return attended
+
+
+def _attend_explicitly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(query @ key.transpose(-2, -1), dim=-1) @ value
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """Fused attention as it is, with the explicit gradient where that is differentiated again,
+    as ``create_graph=True`` and ``torch.func`` ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(attended, *tokens):
+        return attended.view_as(attended)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if not torch.is_grad_enabled():  # without create_graph: the fused attention's own
+            return gradient, None, None, None
+        explicit_gradient = torch.func.vjp(_attend_explicitly, *ctx.saved_tensors)[1]
+        return None, *explicit_gradient(gradient)

@@ -1,22 +1,13 @@
 """Feature pyramid network with balanced outputs."""
 
-import types
 from typing import Optional
 
-import torch
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
 from balanced_d2.layers.feature_balancer import FeatureBalancer
-
-
-def _named(name: str, method: types.FunctionType) -> types.FunctionType:
-    """The same method under another name."""
-    return types.FunctionType(
-        method.__code__, method.__globals__, name, method.__defaults__, method.__closure__
-    )
 
 
 class BalancedFPN(FPN):
@@ -29,9 +20,6 @@ class BalancedFPN(FPN):
     Raises:
         UserError: if ``refine_level`` is not a level of this pyramid or ``refine_type`` unknown.
     """
-
-    # TorchScript compiles no super(), and a method by its own name only.
-    _unbalanced_forward = _named("_unbalanced_forward", FPN.forward)
 
     def __init__(
         self,
@@ -47,9 +35,6 @@ class BalancedFPN(FPN):
         super().__init__(bottom_up, in_features, out_channels, top_block=top_block, **fpn_args)
         self.balancer = FeatureBalancer(out_channels, refine_level, refine_type)
         self.balancer.check_levels(len(self._out_features))
-        # The gradient of a top block needs what it reads, its own levels included, as it is.
-        read = {getattr(top_block, "in_feature", None), *self._out_features[len(in_features) :]}
-        self._inplace_with_gradient = read.isdisjoint(self._out_features[:refine_level])
 
     def forward(self, x):
         """
@@ -59,11 +44,8 @@ class BalancedFPN(FPN):
         Returns:
             dict[str, Tensor]: balanced levels by name, from fine to coarse, e.g. p2 to p6.
         """
-        features = self._unbalanced_forward(x)
-        # The levels are this module's own.
-        inplace = self._inplace_with_gradient or not torch.is_grad_enabled()
-        balanced = self.balancer(list(features.values()), inplace)
-        return dict(zip(features.keys(), balanced))
+        features = super().forward(x)
+        return dict(zip(features, self.balancer(list(features.values()))))
 
 
 class P6P7(LastLevelP6P7):
