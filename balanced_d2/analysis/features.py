@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from detectron2.engine import DefaultPredictor
 
-from balanced_d2.modeling import BalancedFPN
+from balanced_d2.modeling import BalancedBackbone, BalancedFPN
 from balanced_d2.utils.errors import UserError
 
 
@@ -43,7 +43,9 @@ def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level
     Raises:
         UserError: if the model has no balanced feature pyramid.
     """
-    pyramids = [m for m in predictor.model.modules() if isinstance(m, BalancedFPN)]
+    pyramids = [
+        m for m in predictor.model.modules() if isinstance(m, (BalancedFPN, BalancedBackbone))
+    ]
     if not pyramids:
         raise UserError(
             "the model has no balanced feature pyramid: MODEL.BALANCED_FPN.ENABLED has to be True "
@@ -53,7 +55,7 @@ def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level
     balanced: List[torch.Tensor] = []
 
     def keep_given(module, inputs):
-        given.extend(feature.clone() for feature in inputs[0])  # they may be overwritten
+        given.extend(inputs[0])
 
     def keep_balanced(module, inputs, output):
         balanced.extend(output)

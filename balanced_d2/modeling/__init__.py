@@ -11,6 +11,7 @@ from balanced_d2.modeling.backbones import (
     build_balanced_retinanet_fpn_backbone,
     build_balanced_retinanet_resnet_fpn_backbone,
 )
+from balanced_d2.modeling.balanced_backbone import BalancedBackbone
 from balanced_d2.modeling.balanced_fpn import P6P7, BalancedFPN
 from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
@@ -30,6 +31,7 @@ from balanced_d2.modeling.torchvision_backbone import (
 __all__ = [
     *layers.__all__,
     "P6P7",
+    "BalancedBackbone",
     "BalancedBoxLossMixin",
     "BalancedCascadeROIHeads",
     "BalancedFPN",
