@@ -12,7 +12,6 @@ from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
 
 
-
 class BalancedBoxLossMixin:
     """Any registered box loss, and the levels of the poolers, for a ``StandardROIHeads``.
 
