@@ -8,6 +8,8 @@ Adaptive pooling to a size that is only known at run time is not an ONNX operato
 is, a choice of rows and columns.
 """
 
+from typing import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -56,7 +58,7 @@ def nearest(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if is_exporting():
         x = x[:, :, _nearest_index(x.shape[2], like.shape[-2], x.device)]
         return x[:, :, :, _nearest_index(x.shape[3], like.shape[-1], x.device)]
-    return F.interpolate(x, size=like.shape[-2:], mode="nearest")
+    return _interpolate(x, like.shape[-2:])
 
 
 def add_nearest(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -70,8 +72,14 @@ def add_nearest(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if is_exporting() or not _is_multiple(x.shape[2], height):
         return x + nearest(y, x)
     # Wide rows, each added to the rows that it is the nearest of.
-    rows = F.interpolate(y, size=(height, x.shape[3]), mode="nearest").unsqueeze(3)
+    rows = _interpolate(y, (height, x.shape[3])).unsqueeze(3)
     return (x.unflatten(2, (height, -1)) + rows).flatten(2, 3)
+
+
+def _interpolate(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    # On GPUs autocast computes it in float32. The levels have to keep one dtype: RoIAlign's outputs
+    # of all of them go into one tensor.
+    return F.interpolate(x, size=size, mode="nearest").to(x.dtype)
 
 
 def _is_multiple(length: int, of: int) -> bool:

@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import cat
+from detectron2.layers import cat, nonzero_tuple
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, Instances
 
@@ -65,10 +65,12 @@ class BalancedRetinaNet(RetinaNet):
         # Detectron2 has the loss in a function that cannot be extended: its own, of the values that
         # are there anyway, is replaced.
         labels = torch.stack(gt_labels)
-        foreground = (labels >= 0) & (labels != self.num_classes)
-        anchor_boxes = Boxes.cat(anchors).tensor.expand(*labels.shape, 4)[foreground]
-        target = self.box2box_transform.get_deltas(anchor_boxes, torch.stack(gt_boxes)[foreground])
-        deltas = cat(pred_anchor_deltas, dim=1)[foreground]
+        # Indices and not a mask, for which the host would wait each time that it is used.
+        image, anchor = nonzero_tuple((labels >= 0) & (labels != self.num_classes))
+        target = self.box2box_transform.get_deltas(
+            Boxes.cat(anchors).tensor[anchor], torch.stack(gt_boxes)[image, anchor]
+        )
+        deltas = cat(pred_anchor_deltas, dim=1)[image, anchor]
         loss = self.regression_loss(deltas, target).sum()
         return {**losses, "loss_box_reg": loss / self.loss_normalizer}
 
