@@ -231,3 +231,24 @@ def test_wrong_arguments(arguments, message):
 def test_refine_level_outside_the_levels():
     with pytest.raises(UserError, match="is 2, but the pyramid has 2 levels; choose 0 to 1"):
         FeatureBalancer(4)([torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 2, 2)])
+
+
+def test_zero_init_starts_as_the_identity_and_learns():
+    torch.manual_seed(0)
+    balancer = FeatureBalancer(8, 1, "conv", zero_init=True)
+    features = [torch.randn(2, 8, size, size) for size in (16, 8, 4)]
+    for before, after in zip(features, balancer(features)):
+        assert torch.equal(before, after)
+    loss = sum((x**3).sum() for x in balancer(features))
+    loss.backward()
+    assert balancer.scale.grad.abs().min() > 0
+    assert not balancer.refine.conv.weight.grad.any()  # only from the second step on
+    with torch.no_grad():
+        balancer.scale -= 0.01 * balancer.scale.grad
+    plain = FeatureBalancer(8, 1, "conv")
+    plain.load_state_dict({k: v for k, v in balancer.state_dict().items() if k != "scale"})
+    for x, with_factor, without in zip(features, balancer(features), plain(features)):
+        # What is rescaled to each level is the refined mean times the factor of its channel.
+        if x.shape[-1] >= 8:
+            expected = x + balancer.scale * (without - x)
+            assert torch.allclose(with_factor, expected, atol=1e-5)

@@ -19,6 +19,9 @@ def add_balanced_config(cfg: CN) -> None:
     # What refines the averaged features: "none", "conv" (3x3), "non_local" (the paper's) or
     # "non_local_pooled", the same with keys pooled by 2, which is cheaper.
     cfg.MODEL.BALANCED_FPN.REFINE_TYPE = "non_local"
+    # Whether what is added to the levels is multiplied by a learnt factor for each channel that
+    # starts at 0. A detector that starts from plain weights then starts as the plain one.
+    cfg.MODEL.BALANCED_FPN.ZERO_INIT = False
     # Of P3-P7: whether there is a ReLU between P6 and P7 (in MMDetection there is none).
     cfg.MODEL.BALANCED_FPN.P7_RELU = True
 

@@ -49,6 +49,9 @@ class FeatureBalancer(nn.Module):
         refine_type: what refines the mean: ``"none"``, ``"conv"`` (3x3 convolution and ReLU),
             ``"non_local"`` (:class:`NonLocal2d`, the paper's), ``"non_local_pooled"`` (the same
             with pooled keys, cheaper) or another entry of ``REFINEMENTS``; or a module.
+        zero_init: whether the refined mean is multiplied by a learnt factor for each channel that
+            starts at zero, so that balancing starts as the identity and the weights of a plain
+            detector fit at once.
 
     Raises:
         UserError: on an unknown ``refine_type`` or a negative ``refine_level``.
@@ -59,6 +62,7 @@ class FeatureBalancer(nn.Module):
         in_channels: int,
         refine_level: int = 2,
         refine_type: str | nn.Module = "non_local",
+        zero_init: bool = False,
     ):
         super().__init__()
         if refine_level < 0:
@@ -72,6 +76,7 @@ class FeatureBalancer(nn.Module):
             self.refine = REFINEMENTS.get(refine_type)(in_channels)
         else:
             self.refine = refine_type
+        self.scale = nn.Parameter(torch.zeros(in_channels, 1, 1)) if zero_init else None
 
     def check_levels(self, num_levels: int) -> None:
         """Raise :class:`UserError` if a pyramid of ``num_levels`` has no level to refine at."""
@@ -99,6 +104,8 @@ class FeatureBalancer(nn.Module):
         gathered = [adaptive_max_pool(x, refined) for x in finer]
         gathered += [refined, *(nearest(x, refined) for x in coarser)]
         balanced = self.refine(sum(gathered[1:], gathered[0]) / len(features))
+        if self.scale is not None:
+            balanced = balanced * self.scale
         return [
             *(add_nearest(x, balanced) for x in finer),
             refined + balanced,

@@ -25,6 +25,7 @@ def _build_fpn(cfg, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         **fpn_args,
         refine_level=cfg.MODEL.BALANCED_FPN.REFINE_LEVEL,
         refine_type=cfg.MODEL.BALANCED_FPN.REFINE_TYPE,
+        zero_init=cfg.MODEL.BALANCED_FPN.ZERO_INIT,
     )
 
 

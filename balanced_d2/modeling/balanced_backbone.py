@@ -26,7 +26,7 @@ class BalancedBackbone(Backbone):
             channels and a stride each.
         refine_level: index of the level, counted from that of the smallest stride, whose
             resolution the mean of all levels has.
-        refine_type: as for :class:`FeatureBalancer`.
+        refine_type, zero_init: as for :class:`FeatureBalancer`.
 
     Raises:
         UserError: if the levels differ in channels or have no strides, there is no level
@@ -39,6 +39,7 @@ class BalancedBackbone(Backbone):
         *,
         refine_level: int = 2,
         refine_type: str | nn.Module = "non_local",
+        zero_init: bool = False,
     ):
         super().__init__()
         shapes = backbone.output_shape()
@@ -56,7 +57,8 @@ class BalancedBackbone(Backbone):
             )
         self.backbone = backbone
         self._levels = sorted(strides, key=strides.__getitem__)
-        self.balancer = FeatureBalancer(next(iter(channels.values())), refine_level, refine_type)
+        num_channels = next(iter(channels.values()))
+        self.balancer = FeatureBalancer(num_channels, refine_level, refine_type, zero_init)
         self.balancer.check_levels(len(shapes))
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ class BalancedFPN(FPN):
 
     Args:
         bottom_up, in_features, out_channels, top_block, **fpn_args: as for Detectron2's ``FPN``.
-        refine_level, refine_type: as for :class:`FeatureBalancer`.
+        refine_level, refine_type, zero_init: as for :class:`FeatureBalancer`.
 
     Raises:
         UserError: if ``refine_level`` is not a level of this pyramid or ``refine_type`` unknown.
@@ -30,10 +30,11 @@ class BalancedFPN(FPN):
         top_block: Optional[nn.Module] = None,
         refine_level: int = 2,
         refine_type: str | nn.Module = "non_local",
+        zero_init: bool = False,
         **fpn_args,
     ):
         super().__init__(bottom_up, in_features, out_channels, top_block=top_block, **fpn_args)
-        self.balancer = FeatureBalancer(out_channels, refine_level, refine_type)
+        self.balancer = FeatureBalancer(out_channels, refine_level, refine_type, zero_init)
         self.balancer.check_levels(len(self._out_features))
 
     def forward(self, x):
