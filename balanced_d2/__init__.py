@@ -1,6 +1,6 @@
 """Balanced learning (Libra R-CNN) for Detectron2. Importing this package registers everything.
 
-Without Detectron2 there is :mod:`balanced_d2.layers`, the method in tensors.
+Without Detectron2, :mod:`balanced_d2.layers` still works: the method on plain tensors.
 """
 
 __version__ = "0.1.0"
@@ -12,4 +12,4 @@ except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
 else:
-    from balanced_d2 import data  # noqa: F401  # registers the built-in data sets
+    from balanced_d2 import data  # noqa: F401  # registers the built-in datasets

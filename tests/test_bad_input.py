@@ -117,12 +117,16 @@ TWO_POINTS = {"keypoints": [1, 2, 2, 3, 4, 2]}
 FILES = {
     "cut off": ('{"images": [', [], ["not a valid annotation file"]),
     "not text": ("\x00\x01", [], ["not a valid annotation file"]),
-    "a list": ("[]", [], ["not a valid annotation file", "no object"]),
+    "a list": ("[]", [], ["not a valid annotation file", "not an object"]),
     "no images": (without("images"), [], ["not a valid annotation file", "no 'images'"]),
     "no annotations": (without("annotations"), [], ["no 'annotations'"]),
     "no categories": (without("categories"), [], ["no 'categories'"]),
-    "images are no list": (lambda c: c.update(images={"3": {}}), [], ["'images' is no list"]),
-    "annotations of numbers": (lambda c: c.update(annotations=[1]), [], ["'annotations' is no li"]),
+    "images are no list": (lambda c: c.update(images={"3": {}}), [], ["'images' is not a list"]),
+    "annotations of numbers": (
+        lambda c: c.update(annotations=[1]),
+        [],
+        ["'annotations' is not a list of objects"],
+    ),
     "empty images": (emptied("images"), [], ["'images' is empty"]),
     "empty categories": (emptied("categories"), [], ["'categories' is empty"]),
     "image without id": (with_field("images", 1, id=None), [], ["1 image(s) have no valid id"]),
@@ -141,17 +145,17 @@ FILES = {
     "image twice": (
         with_field("images", 1, id=3),
         [],
-        ["1 image id(s) are there more than once: image 3 (2 times)"],
+        ["1 image id(s) occur more than once: image 3 (2 times)"],
     ),
     "annotation twice": (
         with_annotation(annotation(7)),
         [],
-        ["1 annotation id(s) are there more than once: annotation 7 (2 times)"],
+        ["1 annotation id(s) occur more than once: annotation 7 (2 times)"],
     ),
     "category twice": (
         with_field("categories", 1, id=1),
         [],
-        ["1 category id(s) are there more than once: category 1 (2 times)"],
+        ["1 category id(s) occur more than once: category 1 (2 times)"],
     ),
     "category without name": (
         with_field("categories", 1, name=None),
@@ -177,7 +181,7 @@ FILES = {
     "annotation of no category": (
         with_annotation(annotation(9, category_id=5)),
         [],
-        ["1 annotation(s) belong to no category of the file: annotation 9 (category 5)"],
+        ["1 annotation(s) belong to no category in the file: annotation 9 (category 5)"],
     ),
     "category_id in words": (
         with_annotation(annotation(9, category_id="1")),
@@ -214,7 +218,7 @@ FILES = {
     "keypoints that are no triples": (
         with_field("annotations", 1, keypoints=[1, 2]),
         [],
-        ["no list of x, y, visibility: annotation 8"],
+        ["not a list of x, y, visibility: annotation 8"],
     ),
     "test set without area": (
         with_field("annotations", 1, area=None),
@@ -266,7 +270,7 @@ FILES = {
     "one without keypoints": (
         with_keypoint_names(with_fields({0: TWO_POINTS})),
         KEYPOINTS,
-        ["annotation(s) have no keypoints, but others of their image do: annotation 8 of"],
+        ["annotation(s) have no keypoints, but others in their image do: annotation 8 of"],
     ),
     "other number of keypoints": (
         with_keypoint_names(with_fields({0: TWO_POINTS, 1: TWO_POINTS})),
@@ -494,7 +498,7 @@ FPN_BACKBONE = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
         (POSITIVES + RETINANET, "RetinaNet has no RoI heads"),
         (LOSS + BALANCED_RETINANET, "BalancedRetinaNet has no RoI heads"),
         (RETINANET_LOSS + RETINANET, "set that to BalancedRetinaNet"),
-        (RETINANET_LOSS, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is the key of R-CNN"),
+        (RETINANET_LOSS, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is the key for R-CNN"),
     ],
 )
 def test_balances_without_effect_are_refused(opts, advice, caplog):

@@ -88,8 +88,8 @@ def test_refused_and_dropped_are_told_together(check, data):
     data[1](change)
     exit_code, out, err = check("own")
     assert exit_code == 2 and "error: cannot be trained on: own" in err
-    assert "annotation id(s) are there more than once: annotation 5 (2 times); refused" in out
-    assert "1 annotation(s) belong to no image of the file: annotation 2 (image 99)" in out
+    assert "annotation id(s) occur more than once: annotation 5 (2 times); refused" in out
+    assert "1 annotation(s) belong to no image in the file: annotation 2 (image 99)" in out
     assert "dropped 1 annotation(s)" in out and "annotation 1 (image 1)" in out
     assert "cannot be loaded until" in out
 

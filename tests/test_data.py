@@ -114,7 +114,7 @@ def test_missing_files(tmp_path, name):
 
 def test_a_name_is_registered_once(tmp_path, name):
     register_coco(name, "a.json", "images")
-    with pytest.raises(UserError, match="registered already"):
+    with pytest.raises(UserError, match="already registered"):
         register_coco(name, "b.json", "images")
 
 
@@ -228,7 +228,7 @@ def test_shapes_never_replace_what_is_not_theirs(tmp_path):
     folder = tmp_path / "balanced_shapes"
     folder.mkdir()
     (folder / "precious.txt").write_text("keep")
-    with pytest.raises(UserError, match="is not the generated data set"):
+    with pytest.raises(UserError, match="is not the generated dataset"):
         ensure_shapes(str(folder))
     assert (folder / "precious.txt").read_text() == "keep"
 

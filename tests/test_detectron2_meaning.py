@@ -201,7 +201,7 @@ def test_random_subset():
         (["DATALOADER.RANDOM_SUBSET_RATIO", "0.0"], "RANDOM_SUBSET_RATIO is 0"),
         (["DATASETS.TRAIN_REPEAT_FACTOR", "[('b', 2.0)]"], "'b'.*is not in DATASETS.TRAIN"),
         (["DATASETS.TRAIN_REPEAT_FACTOR", "[('a', -2.0)]"], "TRAIN_REPEAT_FACTOR.*above 0"),
-        (["DATASETS.TRAIN_REPEAT_FACTOR", "['a']"], "TRAIN_REPEAT_FACTOR.*pairs"),
+        (["DATASETS.TRAIN_REPEAT_FACTOR", "['a']"], "TRAIN_REPEAT_FACTOR.*not a pair"),
     ],
 )
 def test_wrong_options_of_samplers(opts, message):
@@ -305,7 +305,7 @@ def test_classes_changed_by_a_mapper(mapped, tiny_coco):
         if mapped:
             next(iter(loader))
         else:
-            with pytest.raises(StopTraining, match=r"of class 1, but the model has 1 classes"):
+            with pytest.raises(StopTraining, match=r"has class 1, but the model has 1 classes"):
                 next(iter(loader))
     finally:
         DatasetCatalog.remove("two_classes")

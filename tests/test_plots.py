@@ -152,7 +152,7 @@ def test_plot_sampling(run_here, opts, shapes, demo, tmp_path):
     retinanet = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml"
     assert_told(told(DEMO_CONFIG, "--iterations", "0"), "--iterations is 0")
     assert_told(told(DEMO_CONFIG, "--output", tmp_path / "x.gif"), "x.gif", ".png")
-    assert_told(told(retinanet, "--output", tmp_path / "x.png"), "samples none of its proposals")
+    assert_told(told(retinanet, "--output", tmp_path / "x.png"), "does not sample proposals")
     assert_told(
         told(DEMO_CONFIG, "--output", tmp_path / "x.png"), "nothing to sample from: set MODEL"
     )
@@ -277,7 +277,7 @@ def test_plot_training(run_here, demo, tmp_path):
     assert_is_picture(picture)
     assert_told(run_here("tools/plot_training.py", tmp_path / "gone"), "gone", "OUTPUT_DIR")
     empty = write_metrics(tmp_path / "empty", "\n")
-    assert_told(run_here("tools/plot_training.py", empty), "holds no metrics")
+    assert_told(run_here("tools/plot_training.py", empty), "has no metrics")
 
 
 # Pictures in TensorBoard

@@ -204,7 +204,7 @@ def test_a_write_that_fails_leaves_what_was_there(checkpointer, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(StopTraining, match="model.pth to .*: no space left on the disk; .*stay"):
+    with pytest.raises(StopTraining, match="model.pth to .*: no space left on the disk; .*kept"):
         checkpointer.save("model", iteration=2)
     assert (tmp_path / "model.pth").read_bytes() == before
 
@@ -212,7 +212,9 @@ def test_a_write_that_fails_leaves_what_was_there(checkpointer, tmp_path, monkey
 def test_weights_that_are_not_finite_are_not_saved(checkpointer, tmp_path):
     checkpointer.save("good", iteration=1)
     checkpointer.model.weight.data[0, 0] = float("nan")
-    with pytest.raises(StopTraining, match="bad: 1 of the model's tensors .*weight the first"):
+    with pytest.raises(
+        StopTraining, match="bad was not saved: 1 of the model's tensors .*first is weight"
+    ):
         checkpointer.save("bad", iteration=2)
     assert not (tmp_path / "bad.pth").exists()
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "good.pth")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Tell where a detector loses AP: by class, by size and by kind of error.
+"""Show where a detector loses AP: by class, by size and by kind of error.
 
-Prints two tables, and writes them with a picture: errors.png, ap.csv and errors.csv.
+Prints two tables and writes them, with a picture: errors.png, ap.csv and errors.csv.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Dict, List, Optional, Sequence
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data.checks.coco_file import findings_in, read_coco
-from balanced_d2.data.checks.records import tell
+from balanced_d2.data.checks.records import report
 from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
 from balanced_d2.evaluation.predictions import (
     add_predictions_argument,
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     tables = {"ap.csv": ap_table(analysis), "errors.csv": error_table(analysis)}
     print(f"AP (IoU 0.50 to 0.95, in %) by class and size, of {len(predictions)} detections")
     print_table(tables["ap.csv"])
-    print(f"\nAP50 is {analysis.ap50:.1f} %; each kind of error, mended alone, would add to it")
+    print(f"\nAP50 is {analysis.ap50:.1f} %; fixing one kind of error alone would add:")
     print_table(tables["errors.csv"])
     for name, table in tables.items():
         with (
@@ -61,11 +61,11 @@ def load_annotations(path: str) -> Dict:
     """Read an annotation file in COCO's format.
 
     Raises:
-        UserError: naming all that is wrong with it.
+        UserError: naming everything that is wrong with it.
     """
     name = Path(path).stem
     content = read_coco(name, path, evaluated=True)
-    tell(name, [f for f in findings_in(content, path, evaluated=True) if f.refused], path)
+    report(name, [f for f in findings_in(content, path, evaluated=True) if f.refused], path)
     return content
 
 
@@ -94,7 +94,7 @@ def as_text(value: Optional[float]) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in columns, those of numbers to the right."""
+    """Print rows of text in columns; numbers are aligned to the right."""
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     is_text = [column[1][:1].isalpha() for column in columns]
@@ -117,7 +117,7 @@ def parse_args() -> argparse.Namespace:
         "--threshold",
         type=float,
         default=0.5,
-        help="least score of a detection to be counted among the errors; AP uses all detections",
+        help="minimum score of a detection to count as an error; AP uses all detections",
     )
     return parser.parse_args()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tell what is wrong in data sets: all that training refuses, drops or clips."""
+"""Print what is wrong in datasets: everything that training refuses, drops or clips."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ from typing import Dict, List, Tuple
 from balanced_d2.data import add_register_argument, check_registered, register_from
 from balanced_d2.data.checks.coco_file import check_coco
 from balanced_d2.data.checks.for_model import check_files, coco_file, load
-from balanced_d2.data.checks.records import Finding, examine, found
+from balanced_d2.data.checks.records import Finding, Findings, examine
 from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the findings of all data sets.
+    """Print the findings for all datasets.
 
     Raises:
-        UserError: if there is a finding that is refused.
+        UserError: if anything is refused.
     """
     register_from(args)
     for name in args.names:
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_dataset(name: str, with_images: bool) -> bool:
-    """Print the findings and a summary of a data set; return whether nothing of it is refused."""
+    """Print the findings and a summary of a dataset; return whether nothing is refused."""
     try:
         with silent_warnings():
             findings, records = findings_of(name)
@@ -51,13 +51,13 @@ def check_dataset(name: str, with_images: bool) -> bool:
     if records:
         print(summary(name, records))
     else:
-        print(f"data set {name!r}: cannot be loaded until what is refused is mended")
+        print(f"data set {name!r}: cannot be loaded until the above is fixed")
     return not any(finding.refused for finding in findings)
 
 
 @contextmanager
 def silent_warnings():
-    """Loading warns of what is dropped, which is going to be printed as a finding."""
+    """Suppress the warnings of loading, because they will be printed as findings."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -66,10 +66,10 @@ def silent_warnings():
 
 
 def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
-    """What is wrong in the annotations; the records without it, none if the file is refused.
+    """The problems in the annotations, and the records without them; none if the file is refused.
 
     Raises:
-        UserError: if the data set cannot be loaded at all.
+        UserError: if the dataset cannot be loaded at all.
     """
     check_files(name)
     json_file = coco_file(name)
@@ -80,19 +80,19 @@ def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
     if not records:
         raise UserError(f"data set {name!r} has no images")
     records, findings = examine(name, records)
-    # Of a file, all is found in the file already.
+    # The check of a file has already found everything.
     return in_file if json_file else findings, records
 
 
 def image_findings(records: List[Dict]) -> List[Finding]:
-    """Open every image of the records and decode it whole."""
+    """Open and completely decode every image of the records."""
     wrong = {}
     for record in tqdm(records, desc="images", unit="image", disable=None):
         path = record["file_name"]
         try:
             with Image.open(path) as image:
                 image.load()
-                # Detectron2 turns images as their EXIF tells, before it looks at their size.
+                # Detectron2 rotates images by their EXIF data before it checks their size.
                 size = ImageOps.exif_transpose(image).size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             wrong[path] = "does not exist" if not os.path.exists(path) else str(error)
@@ -100,13 +100,14 @@ def image_findings(records: List[Dict]) -> List[Finding]:
         expected = (record.get("width", size[0]), record.get("height", size[1]))
         if size != expected:
             wrong[path] = "is {} x {}, not {} x {}".format(*size, *expected)
-    return found(
-        "refused",
+    findings = Findings()
+    findings.refuse(
         "image(s) cannot be trained on",
         list(wrong),
         lambda path: f"{path} ({wrong[path]})",
-        "replace them or remove them from the data set",
+        "replace them or remove them from the dataset",
     )
+    return findings
 
 
 def summary(name: str, records: List[Dict]) -> str:
@@ -128,9 +129,9 @@ def summary(name: str, records: List[Dict]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", metavar="NAME", help="a registered data set")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a registered dataset")
     parser.add_argument(
-        "--images", action="store_true", help="open every image too, which takes a while"
+        "--images", action="store_true", help="also open every image, which takes a while"
     )
     add_register_argument(parser)
     return parser.parse_args()

@@ -1,1 +1,1 @@
-"""What goes on inside a model and a training, in numbers."""
+"""Numbers about the inside of a model and the course of training."""

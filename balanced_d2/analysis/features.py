@@ -11,34 +11,34 @@ from balanced_d2.utils.errors import UserError
 
 
 class Level(NamedTuple):
-    """One level of a pyramid, its features as norms over the channels."""
+    """One level of a pyramid, with its features as norms over the channels."""
 
     name: str
     """Such as "p2"."""
     stride: int
-    """In pixels of the image as the network takes it."""
+    """In pixels of the network's input."""
     before: np.ndarray
-    """Shape (H, W), the L2 norm of the features over the channels, at each position."""
+    """Shape (H, W), the L2 norm of the features over the channels at each position."""
     after: np.ndarray
-    """Shape (H, W), the same of the balanced features."""
+    """Shape (H, W), the same for the balanced features."""
     added: np.ndarray
-    """Shape (H, W), the same of what balancing adds."""
+    """Shape (H, W), the same for what balancing adds."""
 
 
 def energy(norms: np.ndarray) -> float:
-    """The mean over the positions of the squared norm."""
+    """The squared norm, averaged over the positions."""
     return float(np.square(norms, dtype=np.float64).mean())
 
 
 def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level]:
-    """Run a detector on an image and look at what its pyramid is before and after balancing.
+    """Run a detector on an image and return its pyramid before and after balancing.
 
     Args:
-        predictor: with the model.
+        predictor: has the model.
         image: uint8, shape (H, W, 3), BGR.
 
     Returns:
-        The levels from fine to coarse, without what the network pads the image with.
+        The levels from fine to coarse, without the network's padding of the image.
 
     Raises:
         UserError: if the model has no balanced feature pyramid.
@@ -51,19 +51,19 @@ def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level
             "the model has no balanced feature pyramid: MODEL.BALANCED_FPN.ENABLED has to be True "
             "and MODEL.BACKBONE.NAME one of this project's builders"
         )
-    given: List[torch.Tensor] = []
+    unbalanced: List[torch.Tensor] = []
     balanced: List[torch.Tensor] = []
 
-    def keep_given(module, inputs):
-        given.extend(inputs[0])
+    def keep_inputs(module, inputs):
+        unbalanced.extend(inputs[0])
 
-    def keep_balanced(module, inputs, output):
+    def keep_outputs(module, inputs, output):
         balanced.extend(output)
 
     balancer = pyramids[0].balancer
     handles = [
-        balancer.register_forward_pre_hook(keep_given),
-        balancer.register_forward_hook(keep_balanced),
+        balancer.register_forward_pre_hook(keep_inputs),
+        balancer.register_forward_hook(keep_outputs),
     ]
     try:
         predictor(image)
@@ -72,7 +72,8 @@ def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level
             handle.remove()
     height, width = predictor.aug.get_transform(image).apply_image(image).shape[:2]
     levels = []
-    for (name, shape), before, after in zip(pyramids[0].output_shape().items(), given, balanced):
+    shapes = pyramids[0].output_shape()
+    for (name, shape), before, after in zip(shapes.items(), unbalanced, balanced):
         rows, columns = (-(-length // shape.stride) for length in (height, width))
 
         def norms(features: torch.Tensor, rows=rows, columns=columns) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which negatives the RoI heads would train on: their IoU, under each way of sampling."""
+"""The IoU of the negatives that the RoI heads would train on, with each negative sampler."""
 
 from typing import Dict, List, NamedTuple
 
@@ -19,54 +19,54 @@ from balanced_d2.utils.randomness import seed_all
 
 HARD_IOU = 0.05
 """Negatives above this are called hard, as in the paper's figure 3."""
-# How the random numbers of this come about; another purpose of the same seed has another number.
+# Identifies the random numbers drawn here; each use of a seed has its own number.
 SAMPLING_SEEDS = 3
 
 
 class SampledNegatives(NamedTuple):
-    """The largest IoU with ground truth of negatives, of all images together."""
+    """The largest IoU of negatives with ground truth, for all images together."""
 
     available: np.ndarray
-    """Shape (M,), of all negatives that there were to choose from."""
+    """Shape (M,), IoU of all negatives to choose from."""
     sampled: Dict[str, np.ndarray]
-    """Shape (N,) each, of those that were sampled, by the name of the negative sampler."""
+    """Shape (N,) each, IoU of the sampled negatives by name of the sampler."""
     bin_edges: np.ndarray
-    """Shape (num_bins + 1,), of the bins of IoU-balanced sampling."""
+    """Shape (num_bins + 1,), edges of the bins of IoU-balanced sampling."""
     num_images: int
-    """How many images the proposals were of."""
+    """Number of images that the proposals are from."""
 
 
 class _ProposalSampler(BalancedSamplingMixin, ROIHeads):
-    """The part of RoI heads that samples, without layers."""
+    """The sampling part of RoI heads, without layers."""
 
 
 def hard_share(ious: np.ndarray) -> float:
-    """The share of negatives with an IoU above :data:`HARD_IOU`, 0 where there are none."""
+    """The share of negatives with an IoU above :data:`HARD_IOU`, 0 if there are none."""
     return float((ious > HARD_IOU).mean()) if len(ious) else 0.0
 
 
 def check_samples_proposals(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if the model of a config is no two-stage detector with an RPN."""
+    """Raise :class:`UserError` if a config's model is not a two-stage detector with an RPN."""
     model = cfg.MODEL
     is_two_stage = issubclass(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE), GeneralizedRCNN)
     if not is_two_stage or model.LOAD_PROPOSALS:
         raise UserError(
-            f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE} without an RPN of its own samples "
-            "none of its proposals; only two-stage detectors such as Faster R-CNN do"
+            f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE} does not sample proposals of an "
+            "RPN of its own; only two-stage detectors such as Faster R-CNN do"
         )
 
 
 def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) -> SampledNegatives:
-    """Sample from a model's proposals on training data, in every way in turn.
+    """Sample from a model's proposals on training data, with every negative sampler in turn.
 
-    Each way is given the same proposals, made as in training: augmented images of
-    ``DATASETS.TRAIN``, batch statistics, as many proposals as ``MODEL.RPN`` says for training. No
-    weight is changed, but running statistics of batch normalisation are.
+    All samplers get the same proposals, made as in training: from augmented images of
+    ``DATASETS.TRAIN``, with batch statistics and the number of proposals that ``MODEL.RPN`` sets
+    for training. Weights do not change, but the running statistics of batch normalisation do.
 
     Args:
-        cfg: of the model. ``SEED`` makes the result repeatable.
-        model: that of ``cfg``, see :func:`check_samples_proposals`, with the weights of interest.
-        num_iterations: how many batches of images.
+        cfg: the model's config. ``SEED`` makes the result reproducible.
+        model: the model of ``cfg``, with trained weights; see :func:`check_samples_proposals`.
+        num_iterations: number of batches.
     """
     samplers = {name: _sampler(cfg, name) for name in NEGATIVE_SAMPLERS.names()}
     everything = _sampler(cfg, "random")
@@ -110,7 +110,7 @@ def _sampler(cfg: CfgNode, negative_sampler: str) -> _ProposalSampler:
 
 
 def _negative_ious(sampled: Instances, targets: Instances, background: int) -> np.ndarray:
-    """The largest IoU with ground truth of those of an image's samples that are background."""
+    """The largest IoU with ground truth of each background sample of an image."""
     negatives = sampled[sampled.gt_classes == background].proposal_boxes
     if len(targets) == 0:
         return np.zeros(len(negatives))

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without running code, and those of other projects."""
+"""Checkpoints: crash-safe writing, reading without running code, and those of MMDetection."""
 
 import balanced_d2.utils.requirements  # noqa: F401
 

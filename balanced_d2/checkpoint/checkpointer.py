@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and loading that runs no code and hides no misfit."""
+"""Crash-safe checkpoints, and loading that runs no code and hides no mismatch."""
 
 import errno
 import logging
@@ -16,10 +16,10 @@ from balanced_d2.checkpoint.unpickle import check_arrays, numpy_allowed
 from balanced_d2.utils.errors import StopTraining, UserError, first_of
 from balanced_d2.utils.files import check_writable, open_replacing
 
-# At the end of a path.
+# A suffix of paths.
 MATCHING_HEURISTICS = "?matching_heuristics=True"
 
-# What reading a file that is no checkpoint, or a damaged one, ends in.
+# Exceptions from reading a file that is damaged or not a checkpoint.
 READ_ERRORS = (
     AssertionError,
     AttributeError,
@@ -34,15 +34,15 @@ READ_ERRORS = (
 
 
 class BalancedCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, made safe against crashes and against what files may hold.
+    """Detectron2's checkpointer, made safe against crashes and against malicious files.
 
     - A file is written beside its final name, flushed to disk and then renamed: at any instant,
-      each checkpoint is whole or not there.
-    - Training goes on from the file that ``last_checkpoint`` names, or else from the newest that
-      can be read, by the iterations that the files hold. Those that cannot be read are reported.
-    - No code from a file is run.
-    - ``x.pth?matching_heuristics=True`` loads a local file by Detectron2's matching of names, which
-      only its main knows of, in one process.
+      each checkpoint is either complete or absent.
+    - Training resumes from the file that ``last_checkpoint`` names, or else from the readable one
+      with the latest iteration. Files that cannot be read are reported.
+    - No code in a file is run.
+    - ``x.pth?matching_heuristics=True`` matches the names in a local file heuristically, which
+      Detectron2 itself supports only on main and only in a single process.
 
     Args: as for Detectron2's ``DetectionCheckpointer``.
     """
@@ -50,13 +50,13 @@ class BalancedCheckpointer(DetectionCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
         super().__init__(model, save_dir, **kwargs)
         self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
-        self._matching_heuristics = False  # while a file is loaded by them
+        self._matching_heuristics = False  # True while such a file is loaded
 
     def save(self, name: str, **kwargs) -> None:
         """
         Raises:
-            StopTraining: if weights are not finite, so that no good checkpoint is followed by one
-                that training cannot go on from, or the file cannot be written.
+            StopTraining: if the file cannot be written, or if weights are not finite, so that the
+                last checkpoint is always one that training can resume from.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -64,20 +64,20 @@ class BalancedCheckpointer(DetectionCheckpointer):
         broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
         if broken:
             raise StopTraining(
-                f"not saved as {name}: {len(broken)} of the model's tensors hold NaN or infinity, "
-                f"{broken[0]} the first; the checkpoints of before stay. Try a lower "
+                f"{name} was not saved: {len(broken)} of the model's tensors contain NaN or "
+                f"infinity (the first is {broken[0]}); earlier checkpoints are kept. Try a lower "
                 "SOLVER.BASE_LR, a longer warm-up or SOLVER.CLIP_GRADIENTS"
             )
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:  # PyTorch raises the second for a full disk
             raise StopTraining(
-                f"cannot write the checkpoint {name}.pth to {self.save_dir}: {_reason(error)}; the "
-                "checkpoints of before stay, and --resume goes on from the last one"
+                f"cannot write the checkpoint {name}.pth to {self.save_dir}: {_reason(error)}; "
+                "earlier checkpoints are kept, and --resume continues from the last one"
             ) from error
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint in ``save_dir`` that training goes on from, or ``""``.
+        """The checkpoint in ``save_dir`` to resume from, or ``""``.
 
         Raises:
             UserError: if there are checkpoints, but none of them can be read.
@@ -118,12 +118,12 @@ class BalancedCheckpointer(DetectionCheckpointer):
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint that holds this very model, not one that a training starts from.
+    """Load a checkpoint of exactly this model, not one to start training from.
 
-    Detectron2's checkpointer leaves weights that the checkpoint lacks as they were initialised.
+    Detectron2's checkpointer leaves weights that are missing from the checkpoint as initialised.
 
     Raises:
-        UserError: if the checkpoint cannot be read, or weights are missing in it, left over or of
+        UserError: if the checkpoint cannot be read, or if its weights are missing, left over or of
             another shape.
     """
     try:
@@ -133,10 +133,10 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def check_space(folder: str, needed: int) -> None:
-    """Raise :class:`UserError` if a folder cannot take a file.
+    """Raise :class:`UserError` if a folder is not writable or has no room for a file.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         needed: size of the file in bytes.
     """
     check_writable(os.path.join(folder, "checkpoint"), "OUTPUT_DIR")
@@ -161,12 +161,12 @@ class _FittingCheckpointer(BalancedCheckpointer):
         ]
         if problems:
             raise ValueError(
-                "it does not hold the model that the config describes: " + first_of(problems)
+                "it does not contain the model that the config describes: " + first_of(problems)
             )
 
 
 class _AtomicWrites:
-    """A path manager whose files appear under their names when they are complete and on disk."""
+    """A path manager whose files get their names only when they are complete and on disk."""
 
     def __init__(self, path_manager):
         self._path_manager = path_manager
@@ -181,7 +181,7 @@ class _AtomicWrites:
 
 
 def _newest(folder: str) -> str:
-    """The file that ``last_checkpoint`` names, or else the one of the latest iteration."""
+    """The file that ``last_checkpoint`` names, or else the one with the latest iteration."""
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pth"))
         last = Path(folder, "last_checkpoint")
@@ -193,10 +193,10 @@ def _newest(folder: str) -> str:
     for name in names:
         path = os.path.join(folder, name)
         try:
-            # Mapped, so that of the tensors only the place in the file is read.
+            # Memory-mapped, so that the values of the tensors are not read.
             with numpy_allowed():
                 content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if "iteration" in content:  # not other weights that lie in the folder
+            if "iteration" in content:  # unlike other weights in the folder
                 iterations[name] = content["iteration"], os.path.getmtime(path)
         except READ_ERRORS as error:
             unreadable.append(f"{path} ({_reason(error)})")
@@ -212,7 +212,7 @@ def _newest(folder: str) -> str:
     newest = max(iterations, key=lambda name: iterations[name])
     if named:
         logging.getLogger(__name__).warning(
-            f"last_checkpoint names {named}, which is not there or cannot be read: going on from "
+            f"last_checkpoint names {named}, which does not exist or cannot be read: resuming from "
             f"{newest}"
         )
     return os.path.join(folder, newest)

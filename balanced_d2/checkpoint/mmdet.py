@@ -1,4 +1,4 @@
-"""MMDetection's Libra R-CNN models as this project's: names, anchors' order and config."""
+"""Conversion of MMDetection's Libra R-CNN models: names, order of anchors, and config."""
 
 import re
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from detectron2.modeling import build_model
 
 from balanced_d2.utils.errors import UserError, first_of
 
-# Modules of MMDetection and what Detectron2, or this project, calls them. {i} stands for a number
-# and {i+2} or {2i} for another that is computed from it. The first row that fits counts.
+# MMDetection's names of modules, and those of Detectron2 or this project. {i} stands for a number,
+# {i+2} and {2i} for numbers computed from it. The first row that matches is used.
 COMMON = (
     ("backbone.conv1", "backbone.bottom_up.stem.conv1"),
     ("backbone.bn1", "backbone.bottom_up.stem.conv1.norm"),
@@ -48,7 +48,7 @@ MODULES = {
         ("bbox_head.retina_reg", "head.bbox_pred"),
     ),
 }
-# Modules of Detectron2 that give one value, or more, for each of several anchors per place.
+# Detectron2's modules with one or more outputs for each of the anchors at a location.
 PER_ANCHOR = ("head.cls_score", "head.bbox_pred")
 NUM_SIZES = NUM_RATIOS = 3
 COCO_CLASSES = 80
@@ -64,12 +64,12 @@ State = Dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Recognised:
-    """A model of MMDetection, as its tensors tell.
+    """A model of MMDetection, recognised by its tensors.
 
     Args:
         detector: a key of ``MODULES``.
-        backbone: such as ``"R-50"``.
-        num_classes: without background.
+        backbone: name of the backbone, such as ``"R-50"``.
+        num_classes: number of classes, without background.
     """
 
     detector: str
@@ -86,7 +86,7 @@ class Recognised:
 
     @property
     def options(self) -> List[str]:
-        """``KEY VALUE`` pairs that the config needs besides."""
+        """``KEY VALUE`` pairs that the config also needs."""
         if self.num_classes == COCO_CLASSES:
             return []
         node = "RETINANET" if self.detector == "RetinaNet" else "ROI_HEADS"
@@ -94,14 +94,14 @@ class Recognised:
 
 
 def state_dict_of(checkpoint: object) -> State:
-    """The model's tensors in what a checkpoint file holds.
+    """The model's tensors from the content of a checkpoint file.
 
     Args:
-        checkpoint: a state dict, or a dict that has one as ``state_dict`` among other things. The
-            names may have the prefix ``module.`` of distributed training.
+        checkpoint: a state dict, or a dict with a state dict under ``state_dict``. Names may have
+            the prefix ``module.`` of distributed training.
 
     Returns:
-        The tensors in float32, by MMDetection's names. Counters of batches are left out.
+        The tensors in float32, by MMDetection's names, without batch counters.
 
     Raises:
         UserError: if there are no such tensors.
@@ -110,13 +110,13 @@ def state_dict_of(checkpoint: object) -> State:
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
     if not isinstance(state, dict) or not state:
-        raise UserError("it holds no state dict")
+        raise UserError("it contains no state dict")
     tensors = {}
     for name, tensor in dict.items(state):
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"it holds no state dict: {name!r} is not a tensor with a name")
+            raise UserError(f"it contains no state dict: {name!r} is not a tensor with a name")
         if not name.endswith(".num_batches_tracked"):
-            # Copied, so that a part of a larger tensor is not written with the whole of it.
+            # Copied, because a view would later be saved together with the whole tensor behind it.
             tensors[name] = tensor.detach().to(torch.float32, copy=True).contiguous()
     if all(name.startswith("module.") for name in tensors):
         tensors = {name[len("module.") :]: tensor for name, tensor in tensors.items()}
@@ -124,10 +124,10 @@ def state_dict_of(checkpoint: object) -> State:
 
 
 def recognise(state: State) -> Recognised:
-    """Which of MMDetection's Libra models a state dict, by MMDetection's names, belongs to.
+    """Recognise the model of a state dict that has MMDetection's names.
 
     Raises:
-        UserError: if it is none of those that there is a config for.
+        UserError: if there is no config for it.
     """
     if "roi_head.bbox_head.fc_cls.bias" in state:
         detector = "Faster R-CNN"
@@ -137,15 +137,15 @@ def recognise(state: State) -> Recognised:
         num_classes = state["bbox_head.retina_cls.bias"].numel() // (NUM_SIZES * NUM_RATIOS)
     else:
         raise UserError(
-            "it holds no Faster R-CNN and no RetinaNet by MMDetection's names: there is neither "
-            "roi_head.bbox_head.fc_cls.bias nor bbox_head.retina_cls.bias"
+            "it contains neither a Faster R-CNN nor a RetinaNet with MMDetection's names: "
+            "roi_head.bbox_head.fc_cls.bias and bbox_head.retina_cls.bias are both missing"
         )
     if num_classes < 1:
-        raise UserError(f"it holds a {detector} that has no classes")
+        raise UserError(f"it contains a {detector} without classes")
     if not any(name.startswith("neck.1.refine.") for name in state):
         raise UserError(
-            f"it holds a plain {detector}, not a Libra model: neck.1.refine, the balanced feature "
-            "pyramid, is missing"
+            f"it contains a plain {detector}, not a Libra model: neck.1.refine, the balanced "
+            "feature pyramid, is missing"
         )
     backbone = _recognise_backbone(state)
     if (detector, backbone) not in CONFIGS:
@@ -155,12 +155,12 @@ def recognise(state: State) -> Recognised:
 
 
 def convert(state: State, recognised: Recognised, cfg: CfgNode) -> State:
-    """The tensors by the names, and in the order, of this project's model.
+    """Convert tensors to the names and the order of this project's model.
 
     Args:
         state: tensors by MMDetection's names.
-        recognised: what :func:`recognise` says of them.
-        cfg: the config of the model that is to load them.
+        recognised: the result of :func:`recognise`.
+        cfg: the config of the model that will load them.
 
     Returns:
         Exactly the tensors of that model.
@@ -187,7 +187,7 @@ def convert(state: State, recognised: Recognised, cfg: CfgNode) -> State:
         ),
     ]
     if problems:
-        raise UserError(f"it does not hold a {recognised}: {first_of(problems)}")
+        raise UserError(f"it does not contain a {recognised}: {first_of(problems)}")
     converted = {name: state[old_names[name]] for name in expected}
     for name in converted:
         if name.rpartition(".")[0] in PER_ANCHOR:
@@ -196,15 +196,15 @@ def convert(state: State, recognised: Recognised, cfg: CfgNode) -> State:
 
 
 def sizes_before_ratios(per_anchor: torch.Tensor) -> torch.Tensor:
-    """From MMDetection's order of a place's anchors to Detectron2's.
+    """Reorder the anchors of a location from MMDetection's order to Detectron2's.
 
-    MMDetection goes through the sizes for each ratio, Detectron2 through the ratios for each size.
+    MMDetection lists all sizes for each ratio, Detectron2 all ratios for each size.
 
     Args:
-        per_anchor: weight or bias of a layer, shape (9 * K, ...): K values of each anchor.
+        per_anchor: weight or bias of a layer, shape (9 * K, ...): K values per anchor.
 
     Returns:
-        The same shape.
+        A tensor of the same shape.
     """
     grouped = per_anchor.reshape(NUM_RATIOS, NUM_SIZES, -1, *per_anchor.shape[1:])
     return grouped.transpose(0, 1).reshape(per_anchor.shape).contiguous()
@@ -215,8 +215,8 @@ def _recognise_backbone(state: State) -> str:
     weight = state.get("backbone.layer1.0.conv2.weight")
     if len(blocks) not in BLOCKS_TO_DEPTH or weight is None or weight.dim() != 4:
         raise UserError(
-            "its backbone is no ResNet or ResNeXt of 50 or 101 layers by MMDetection's names "
-            f"({len(blocks)} blocks in backbone.layer3, where those have 6 and 23)"
+            "its backbone is not a ResNet or ResNeXt of 50 or 101 layers with MMDetection's names "
+            f"({len(blocks)} blocks in backbone.layer3 instead of 6 or 23)"
         )
     depth = BLOCKS_TO_DEPTH[len(blocks)]
     width, width_per_group = weight.shape[:2]
@@ -226,7 +226,7 @@ def _recognise_backbone(state: State) -> str:
 
 def _shapes(cfg: CfgNode) -> Dict[str, Tuple[int, ...]]:
     cfg = cfg.clone()
-    cfg.MODEL.DEVICE = "meta"  # tensors without memory: it is only for their shapes
+    cfg.MODEL.DEVICE = "meta"  # tensors without memory: only their shapes are needed
     with torch.device("meta"):
         model = build_model(cfg)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -237,7 +237,7 @@ _TERM = re.compile(r"\{(\d*)([a-z])\+?(\d*)\}")
 
 
 def _translate(name: str, rules: Sequence[Tuple[str, str]]) -> Optional[str]:
-    """The name of a tensor by the first rule (template, template) that fits, if any."""
+    """The new name of a tensor by the first rule (template, template) that matches, if any."""
     module, _, parameter = name.rpartition(".")
     for template, other in rules:
         numbers = _match(template, module)
@@ -253,13 +253,13 @@ def _fill(template: str, numbers: Dict[str, int]) -> str:
 
 
 def _match(template: str, module: str) -> Optional[Dict[str, int]]:
-    """The numbers by their letters, if the name of a module fits a template."""
+    """The number for each letter, if the name of a module matches a template."""
     literals = _TERM.split(template)[::4]
-    found = re.fullmatch(r"(0|[1-9][0-9]*)".join(map(re.escape, literals)), module)
-    if found is None:
+    match = re.fullmatch(r"(0|[1-9][0-9]*)".join(map(re.escape, literals)), module)
+    if match is None:
         return None
     numbers = {}
-    for (factor, letter, offset), digits in zip(_TERM.findall(template), found.groups()):
+    for (factor, letter, offset), digits in zip(_TERM.findall(template), match.groups()):
         numbers[letter], rest = divmod(int(digits) - int(offset or 0), int(factor or 1))
         if rest or numbers[letter] < 0:
             return None

@@ -1,4 +1,4 @@
-"""Reading of pickles, and of files of ``torch.save``, without running any code that they name."""
+"""Reading pickles and files of ``torch.save`` without running any code that they refer to."""
 
 import os
 import pickle
@@ -28,21 +28,21 @@ ARRAYS: Names = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
 }
-"""What a pickle of NumPy arrays in plain containers names."""
+"""The functions and classes that a pickle of NumPy arrays in plain containers refers to."""
 
 
 def check_arrays(path: str) -> None:
-    """Make sure that a pickle holds nothing but NumPy arrays and plain containers.
+    """Check that a pickle contains nothing but NumPy arrays and plain containers.
 
     Raises:
-        pickle.UnpicklingError: if it names anything else, which is then not called.
+        pickle.UnpicklingError: if it refers to anything else, which is then not called.
     """
 
     class ArraysOnly(pickle.Unpickler):
         def find_class(self, module, name):
             if (module, name) not in ARRAYS:
                 raise pickle.UnpicklingError(
-                    f"it holds {module}.{name}, but only arrays and plain containers are read"
+                    f"it contains {module}.{name}, but only arrays and plain containers are allowed"
                 )
             return super().find_class(module, name)
 
@@ -51,8 +51,9 @@ def check_arrays(path: str) -> None:
 
 
 def numpy_allowed() -> ContextManager[None]:
-    """Within it, ``torch.load`` also reads NumPy's numbers and arrays, which hooks may keep."""
-    # Their functions are where NumPy keeps them: numpy.core.multiarray, from 2 on numpy._core.
+    """Context manager in which ``torch.load`` also reads NumPy's numbers and arrays, which hooks
+    may have in their state."""
+    # Their functions are in numpy.core.multiarray, and from NumPy 2 on in numpy._core.
     functions = [value.__reduce__()[0] for value in (np.float64(0), np.zeros(0))]
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efdgFDGSU"}
     allowed: List[Any] = [*functions, np.ndarray, np.dtype, *kinds]
@@ -60,32 +61,32 @@ def numpy_allowed() -> ContextManager[None]:
 
 
 def load_inert(path: str) -> object:
-    """Read a file of ``torch.save``, in the format of today or that of before PyTorch 1.6.
+    """Read a file of ``torch.save``, in the current format or that from before PyTorch 1.6.
 
-    Only tensors, ``OrderedDict`` and what is built into the pickle format are made. Everything
-    else in the file, such as an optimizer's or a logger's state, becomes a stand-in without
-    content, and no function is called, whichever it is. ``torch.load(weights_only=True)`` runs no
-    code either, but refuses a file with objects of other projects as a whole.
+    Only tensors, ``OrderedDict`` and the types built into the pickle format are created.
+    Everything else in the file, such as the state of an optimizer or logger, becomes an empty
+    stand-in, and no other function is ever called. ``torch.load(weights_only=True)`` runs no code
+    either, but refuses the whole file if it has objects of other projects.
 
     Returns:
         The object, with its tensors on the CPU.
 
     Raises:
-        UserError: if there is no such file, or it is of another kind.
+        UserError: if the file does not exist or has another format.
     """
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
     try:
-        if _is_torchscript(path):  # torch.load would hand it to another reader
+        if _is_torchscript(path):  # torch.load would pass it to another reader
             raise UserError(f"{path} is a TorchScript model, not a checkpoint")
-        with warnings.catch_warnings():  # about the storages of the old format
+        with warnings.catch_warnings():  # about the old format's storages
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", pickle_module=_INERT, weights_only=False)
     except UserError:
         raise
-    except Exception as error:  # a file of another kind can make the reading fail in any way
+    except Exception as error:  # a file of another format can fail in any way
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"{path} is not a PyTorch checkpoint, or damaged: {reason}") from error
+        raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged: {reason}") from error
 
 
 def _is_torchscript(path: str) -> bool:
@@ -93,7 +94,7 @@ def _is_torchscript(path: str) -> bool:
         if file.read(4) != b"PK\x03\x04":
             return False
         file.seek(0)
-        # The reader of torch.load, so that both see the same names whatever the file.
+        # torch.load's own reader, so that both always see the same names.
         return "constants.pkl" in torch._C.PyTorchFileReader(file).get_all_records()
 
 
@@ -102,7 +103,7 @@ def _nothing(*args, **kwargs) -> None:
 
 
 class Nothing:
-    """Stands in for an object, a class or a function: takes all that an unpickler does to it."""
+    """Stands in for any object, class or function; accepts everything an unpickler does to it."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -114,11 +115,11 @@ class Nothing:
 
 
 def _sealed(function):
-    # A pickle can set attributes of what it finds. This way, not those of PyTorch's function.
+    # A pickle can set attributes of what it refers to, but this way not of PyTorch's function.
     return lambda *args: function(*args)
 
 
-# What a file of tensors in plain containers names; torch.load finds the types of storages itself.
+# What a file of tensors in plain containers refers to; torch.load finds the storage types itself.
 _TENSORS = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,

@@ -1,6 +1,6 @@
 """Configs, in YAML and in Python: the project's keys, loading and checks."""
 
-import balanced_d2.modeling  # noqa: F401  # registers what configs name
+import balanced_d2.modeling  # noqa: F401  # registers the names in configs
 
 # isort: split
 from balanced_d2.config.defaults import add_balanced_config

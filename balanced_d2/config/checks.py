@@ -1,4 +1,4 @@
-"""All that can be said of a config without its data."""
+"""Checks of a config that do not need its data."""
 
 import difflib
 import inspect
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
-    """Check all keys that a training, or an evaluation, is going to use.
+    """Check all keys that training or evaluation will use.
 
     Args:
-        train: whether the config is going to be trained, not only evaluated.
-        resume: whether that training began before. Then balances without effect are only warned
-            of: configs that balanced_d2 0.1.0 has written set some that way.
+        train: whether the config will be used for training, not only for evaluation.
+        resume: whether training resumes. Balances without effect then only cause a warning,
+            because configs written by balanced_d2 0.1.0 may have some.
 
     Raises:
         UserError: naming the first key that is wrong.
@@ -51,13 +51,13 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
         check_crop(cfg)
         _check_samplers(cfg)
         if cfg.WANDB.ENABLED:
-            check_package("wandb", "WANDB.ENABLED is True: send metrics to Weights & Biases")
+            check_package("wandb", "WANDB.ENABLED")
     if idle:
         logger.warning(idle)
 
 
 def check_names(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if a key names something that is in none of the registries."""
+    """Raise :class:`UserError` if a key names something that is not in its registry."""
     model = cfg.MODEL
     for key, name, registry in (
         ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
@@ -71,9 +71,9 @@ def check_names(cfg: CfgNode) -> None:
 
 
 def _idle_balances(cfg: CfgNode) -> Iterator[str]:
-    """Balances that are on, but not known to the class that Detectron2 builds from this config.
+    """Messages about balances that are on, but not supported by Detectron2's class in the config.
 
-    What classes of others know is only seen in the model:
+    Whether classes of other projects support them can only be checked on the model:
     :func:`balanced_d2.modeling.check_balanced`.
     """
     model = cfg.MODEL
@@ -84,34 +84,34 @@ def _idle_balances(cfg: CfgNode) -> Iterator[str]:
         ours = f"build_balanced_{'retinanet_' if is_retinanet else ''}fpn_backbone"
         yield (
             f"MODEL.BALANCED_FPN.ENABLED is True, but MODEL.BACKBONE.NAME {model.BACKBONE.NAME} "
-            f"balances nothing; set it to {ours}, or ENABLED to False"
+            f"does not balance the pyramid; set it to {ours}, or ENABLED to False"
         )
     for key, value in _set_for_heads(cfg):
         if is_retinanet:
             yield (
                 f"{key} is {value!r}, but {model.META_ARCHITECTURE} has no RoI heads; remove it "
-                "(configs/Balanced-RetinaNet.yaml turns on what RetinaNet has)"
+                "(configs/Balanced-RetinaNet.yaml turns on RetinaNet's balances)"
             )
         elif _is_detectron2s(heads):
             yield (
                 f"{key} is {value!r}, which MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not "
-                "know; set that to BalancedROIHeads or BalancedCascadeROIHeads"
+                "support; set that to BalancedROIHeads or BalancedCascadeROIHeads"
             )
     loss = model.RETINANET.BBOX_REG_LOSS_TYPE
     if loss not in DETECTRON2_LOSSES and _is_detectron2s(meta_architecture):
         advice = (
             "set that to BalancedRetinaNet"
             if is_retinanet
-            else "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is the key of R-CNN"
+            else "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is the key for R-CNN"
         )
         yield (
             f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE is {loss!r}, which MODEL.META_ARCHITECTURE "
-            f"{model.META_ARCHITECTURE} does not know; {advice}"
+            f"{model.META_ARCHITECTURE} does not support; {advice}"
         )
 
 
 def _set_for_heads(cfg: CfgNode) -> Iterator[Tuple[str, object]]:
-    """The balances of RoI heads that are on: key and value."""
+    """Keys and values of the RoI heads' balances that are on."""
     heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     for key in ("NEGATIVE_SAMPLER", "POSITIVE_SAMPLER"):
         if heads[key] != "random":
@@ -128,39 +128,39 @@ def _is_detectron2s(entry) -> bool:
 
 
 def check_weights(cfg: CfgNode, purpose: str = "") -> None:
-    """Raise :class:`UserError` if ``MODEL.WEIGHTS`` is set to no file, or is not set but needed.
+    """Raise :class:`UserError` if ``MODEL.WEIGHTS`` is needed but not set, or does not exist.
 
     Args:
-        purpose: what cannot be done without trained weights, such as "export".
+        purpose: what trained weights are needed for, such as "export"; empty: they are not.
     """
     weights = cfg.MODEL.WEIGHTS
     if purpose and not weights:
         raise UserError(f"nothing to {purpose}: set MODEL.WEIGHTS to a checkpoint")
-    # A query, as in x.pth?matching_heuristics=True, is for the checkpointer.
+    # The checkpointer handles a query such as x.pth?matching_heuristics=True.
     if weights and "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
         raise UserError(f"MODEL.WEIGHTS: there is no file {weights}")
 
 
 def drop_late_steps(cfg: CfgNode) -> None:
-    """Remove steps of the learning rate that lie beyond the end of the training, with a warning.
+    """Remove steps of the learning rate that are beyond the end of training, with a warning.
 
-    A config that is tried for a few iterations has them. Detectron2 does the same, but fails at a
-    step on the last iteration.
+    They are common when a config is tried out for a few iterations. Detectron2 removes them too,
+    but fails if a step is at the last iteration.
     """
     solver = cfg.SOLVER
     late = [step for step in solver.STEPS if step >= solver.MAX_ITER]
     if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         logger.warning(
-            f"SOLVER.STEPS: {', '.join(map(str, late))} dropped, since training ends at "
-            f"SOLVER.MAX_ITER {solver.MAX_ITER}: the learning rate does not fall there"
+            f"SOLVER.STEPS: {', '.join(map(str, late))} dropped, because training ends at "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER}; the learning rate is not reduced there"
         )
         solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
 
 
 def check_crop(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if polygons are to be cropped, but not by what is installed."""
+    """Raise :class:`UserError` if the package that cropping polygons needs is not installed."""
     if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
-        check_package("shapely", "INPUT.CROP.ENABLED with masks: crop polygons")
+        check_package("shapely", "INPUT.CROP.ENABLED with polygon masks")
 
 
 def _check_sigmas(cfg: CfgNode) -> None:
@@ -168,8 +168,8 @@ def _check_sigmas(cfg: CfgNode) -> None:
     if cfg.MODEL.KEYPOINT_ON and number != (len(sigmas) or 17):
         raise UserError(
             f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but needs one for each of the "
-            f"{number} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS); only for COCO's 17 it "
-            "can be empty"
+            f"{number} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS); it may be empty only for "
+            "COCO's 17 keypoints"
         )
 
 
@@ -177,15 +177,15 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
     if not cfg.TEST.AUG.ENABLED:
         return
     model = cfg.MODEL
-    for key, has_none in (
+    for key, unsupported in (
         ("META_ARCHITECTURE", not _is_rcnn(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE))),
         ("KEYPOINT_ON", model.KEYPOINT_ON),
         ("LOAD_PROPOSALS", model.LOAD_PROPOSALS),
     ):
-        if has_none:
+        if unsupported:
             raise UserError(
-                "TEST.AUG.ENABLED is True, but Detectron2 has no test-time augmentation for a "
-                f"model whose MODEL.{key} is {model[key]}; set it to False"
+                "TEST.AUG.ENABLED is True, but Detectron2 has no test-time augmentation for models "
+                f"whose MODEL.{key} is {model[key]}; set TEST.AUG.ENABLED to False"
             )
 
 
@@ -197,12 +197,12 @@ def _check_samplers(cfg: CfgNode) -> None:
     ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
     if not 0 < ratio <= 1:
         raise UserError(
-            f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}; it has to be above 0, and 1 at most"
+            f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}; it has to be above 0 and at most 1"
         )
     key = "DATASETS.TRAIN_REPEAT_FACTOR"
     for pair in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise UserError(f"{key}: {pair!r} is not one of its pairs of a data set and a factor")
+            raise UserError(f"{key}: {pair!r} is not a pair of dataset and factor")
         name, factor = pair
         if name not in cfg.DATASETS.TRAIN:
             raise UserError(f"{key}: {name!r} is not in DATASETS.TRAIN")

@@ -1,4 +1,4 @@
-"""LazyConfig files: loading with errors that name the key, and what the trainer reads of them."""
+"""LazyConfig files: loading with errors that name the key, and the values the trainer reads."""
 
 from typing import ContextManager, Sequence
 
@@ -13,16 +13,16 @@ PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def is_lazy(config_file: str) -> bool:
-    """Whether a config file is a LazyConfig, and not YAML, by its name."""
+    """Whether a config file is a LazyConfig, not YAML, judging by its name."""
     return config_file.endswith(".py")
 
 
 def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
-    """A LazyConfig file, changed by options of the form ``key=value``.
+    """Load a LazyConfig file and apply options of the form ``key=value``.
 
     Returns:
         A config with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``, as
-        Detectron2's own LazyConfigs have them.
+        in Detectron2's own LazyConfigs.
 
     Raises:
         UserError: naming the file or key that is wrong.
@@ -41,22 +41,23 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
 
 
 class LazyCfgNode(CfgNode):
-    """The keys of a YAML config that a LazyConfig answers in its own way, for the same trainer.
+    """A config for the trainer of YAML configs, with the values of a LazyConfig.
 
     Attributes:
-        lazy: the LazyConfig, which has the parts.
+        lazy: the LazyConfig, from which model, optimizer and so on are built.
     """
 
     lazy: DictConfig
 
 
 def trainer_config(lazy: DictConfig) -> LazyCfgNode:
-    """
+    """The trainer's config for a LazyConfig.
+
     Args:
         lazy: as :func:`load_lazy_config` returns it.
 
     Raises:
-        UserError: if the LazyConfig lacks a key, or has one that is not carried out here.
+        UserError: if a key is missing from the LazyConfig, or one in it is not supported.
     """
     with _mistakes_in("config file"):
         train, loader = lazy.train, lazy.dataloader
@@ -90,14 +91,14 @@ def trainer_config(lazy: DictConfig) -> LazyCfgNode:
             "supported; set it to False"
         )
     cfg = LazyCfgNode()
-    # Not as yacs does, which would make each node of it a config of its own.
+    # Not through yacs, which would turn each node into another LazyCfgNode.
     dict.update(cfg, load_config("", [part for item in values.items() for part in item]))
     cfg.__dict__["lazy"] = lazy
     return cfg
 
 
 def read_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """A config in either form, YAML or Python, by its name.
+    """Load a config file, YAML or Python, judging by its name.
 
     Raises:
         UserError: naming the file or key that is wrong.

@@ -13,12 +13,12 @@ from balanced_d2.config.defaults import add_balanced_config
 from balanced_d2.config.pixels import complete_pixels
 from balanced_d2.utils.errors import UserError, raise_user_errors
 
-# What a mistake in a config ends in, within yacs and the YAML parser.
+# Exceptions from yacs and the YAML parser for mistakes in a config.
 MISTAKES = (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
-    """Detectron2's defaults and this project's, then a YAML file, then ``KEY VALUE`` pairs.
+    """Load Detectron2's and this project's defaults, a YAML file, and then ``KEY VALUE`` pairs.
 
     Raises:
         UserError: naming the file or key that is wrong.
@@ -42,7 +42,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
 
 
 def _explain(error: Exception, cfg: CN) -> str:
-    """What yacs or the YAML parser says of a wrong key or value, in words for the user."""
+    """The error of yacs or the YAML parser, reworded for the user."""
     if isinstance(error, yaml.YAMLError):
         return " ".join(f"not valid YAML: {error}".split())
     message = str(error.args[0]) if error.args else type(error).__name__

@@ -1,4 +1,4 @@
-"""Data sets. Importing registers the built-in ones."""
+"""Datasets. Importing this registers the built-in ones."""
 
 import balanced_d2.utils.requirements  # noqa: F401
 

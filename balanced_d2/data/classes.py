@@ -1,4 +1,4 @@
-"""The classes that a model tells apart, and their names."""
+"""The classes of a model, and their names."""
 
 import logging
 from typing import Optional
@@ -12,19 +12,19 @@ from balanced_d2.utils.errors import UserError
 
 
 def check_classes(name: str, cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if a data set and the model are known to differ in their classes."""
+    """Raise :class:`UserError` if a dataset and the model have different numbers of classes."""
     classes = MetadataCatalog.get(name).get("thing_classes")
     key, num_classes = num_classes_key(cfg)
     if classes is not None and num_classes is not None and len(classes) != num_classes:
         raise UserError(
             f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}"
             f"{', ...' if len(classes) > 5 else ''}), but {key} is {num_classes}; set it to "
-            f"{len(classes)}, or name the model's own data set (DATASETS)"
+            f"{len(classes)}, or use the model's own dataset (DATASETS)"
         )
 
 
 def num_classes_key(cfg: CfgNode) -> tuple[str, Optional[int]]:
-    """The key that says how many classes the model has, and its value, where that is known."""
+    """The config key for the model's number of classes, and its value; None if not known."""
     meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if issubclass(meta_architecture, GeneralizedRCNN):
         return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -34,20 +34,20 @@ def num_classes_key(cfg: CfgNode) -> tuple[str, Optional[int]]:
 
 
 def model_metadata(cfg: CfgNode) -> Metadata:
-    """The metadata of the first data set of a config that is at hand, with ``thing_classes``.
+    """The metadata of the first dataset of a config that is available, with ``thing_classes``.
 
-    Where none is, numbers stand for the classes, and a warning says so.
+    If none is, the classes are named by numbers, with a warning.
 
     Raises:
-        UserError: if that data set has another number of classes than the model.
+        UserError: if that dataset and the model have different numbers of classes.
     """
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if _has_class_names(dataset):
             check_classes(dataset, cfg)
             return MetadataCatalog.get(dataset)
     logging.getLogger(__name__).warning(
-        "the class names are not known, since no data set of DATASETS.TEST and DATASETS.TRAIN is "
-        "at hand: numbers stand in their place (--register makes a data set known)"
+        "the class names are not known, because no dataset in DATASETS.TEST or DATASETS.TRAIN is "
+        "available: using numbers instead (--register registers a dataset)"
     )
     _, num_classes = num_classes_key(cfg)
     return Metadata(thing_classes=[str(number) for number in range(num_classes or 0)])
@@ -57,7 +57,7 @@ def _has_class_names(dataset: str) -> bool:
     if dataset not in DatasetCatalog:
         return False
     metadata = MetadataCatalog.get(dataset)
-    if metadata.get("thing_classes") is None:  # known once the data set has been loaded
+    if metadata.get("thing_classes") is None:  # set when the dataset is loaded
         try:
             DatasetCatalog.get(dataset)
         except (OSError, UserError):

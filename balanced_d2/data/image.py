@@ -1,4 +1,4 @@
-"""Images of the user's."""
+"""Reading the user's images."""
 
 import numpy as np
 from detectron2.data import detection_utils
@@ -7,11 +7,11 @@ from balanced_d2.utils.errors import UserError
 
 
 def read_image(path: str, format: str = "BGR", what: str = "image") -> np.ndarray:
-    """Read an image with Detectron2's reader, turned as its EXIF says.
+    """Read an image with Detectron2's reader, rotated as its EXIF data says.
 
     Args:
-        format: of the channels, such as ``"BGR"`` or ``"RGB"``.
-        what: what the message calls it.
+        format: order of the channels, such as ``"BGR"`` or ``"RGB"``.
+        what: what the message calls the image.
 
     Returns:
         uint8, shape (H, W, 3).

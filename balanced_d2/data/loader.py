@@ -1,4 +1,4 @@
-"""The loader of training data: reproducible, able to go on anywhere, and aware of bad images."""
+"""The loader of training data: reproducible, resumable anywhere, and able to skip bad images."""
 
 import logging
 from collections import defaultdict
@@ -27,11 +27,11 @@ from balanced_d2.data.train_samplers import SAMPLERS, MakeSampler, load_records,
 from balanced_d2.utils.errors import StopTraining, UserError, check_choice
 from balanced_d2.utils.randomness import seeded
 
-# How samples come by their random numbers; another purpose of the same seed has another number.
+# Identifies the random numbers of samples; each use of a seed has its own number.
 SAMPLE_SEEDS = 1
 
 Batch = List[Tuple[Tuple[int, ...], int]]
-"""For each image the key of its random numbers, and its index."""
+"""For each image, the key of its random numbers and its index."""
 
 
 class BadImage(NamedTuple):
@@ -42,27 +42,29 @@ class BadImage(NamedTuple):
 
 
 class TrainLoader:
-    """Endless batches of training data, the same ones from the same seed.
+    """Endless batches of training data, always the same for the same seed.
 
-    What the batches hold and how their images are augmented depends on the seed and the position of
-    the batch only: not on the number of worker processes, and not on whether the batches before it
-    have been loaded. So a training that is resumed sees what it would have seen. Several processes
-    share the images of a batch: together they see what one process would have seen.
+    The content of a batch and the augmentation of its images depend only on the seed and the
+    position of the batch: not on the number of worker processes, and not on whether earlier batches
+    have been loaded. A resumed run therefore sees the same images as an uninterrupted one. Several
+    processes divide the images of a batch among them; together they see what one process would.
 
     Args:
         dataset: Detectron2's standard dicts. Boxes that nothing can be learnt from are left out
             (:func:`balanced_d2.data.checks.records.clean`).
-        mapper: turns such a dict into what the model takes, e.g. Detectron2's ``DatasetMapper``.
-        total_batch_size: number of images that all processes load together for an iteration.
-        num_workers: worker processes for loading, of each process; 0: none.
-        aspect_ratio_grouping: whether a batch has images of one orientation only, which saves
+        mapper: turns such a dict into the model's input, e.g. Detectron2's ``DatasetMapper``.
+        total_batch_size: number of images per iteration, for all processes together.
+        num_workers: number of worker processes for loading, for each process; 0 for none.
+        aspect_ratio_grouping: whether all images of a batch have the same orientation, which saves
             padding.
-        make_sampler: given the seed, an endless sampler of indices of ``dataset``, the same in all
-            processes. Detectron2's, which leave each process its share, are taken whole.
-        seed: at least 0; by default one that all processes have drawn together.
+        make_sampler: returns, for a seed, an endless sampler of indices of ``dataset``, the same in
+            all processes. Detectron2's samplers are asked for all indices, not for the share of one
+            process.
+        seed: at least 0; by default one that all processes agree on.
         skip_bad_images: whether an image that cannot be read is replaced by the next one.
         max_bad_images: how many different images each process may skip.
-        num_classes: of the model, which bounds the classes that the mapper gives; None: no bound.
+        num_classes: the model's number of classes, a limit for the classes that the mapper returns;
+            None for no limit.
 
     Raises:
         UserError: if ``total_batch_size`` cannot be divided among the processes.
@@ -90,8 +92,8 @@ class TrainLoader:
                 f"multiple of the number of processes, {num_processes}"
             )
         if len(dataset) == 0:
-            raise UserError("there is nothing to train on: the data set is empty")
-        # Again, for data sets that are not the project's, whose loaders do not do it.
+            raise UserError("there is nothing to train on: the dataset is empty")
+        # Done here for other projects' datasets, whose loaders do not do it.
         dataset = clean("DATASETS.TRAIN", dataset)
         self.batch_size = total_batch_size
         self.num_workers = num_workers
@@ -124,15 +126,15 @@ class TrainLoader:
         }
 
     def state_dict(self) -> Dict[str, int]:
-        """The seed, and how many batches have been given out."""
+        """The seed, and the number of batches that have been returned."""
         return {"seed": self.seed, "position": self.position}
 
     def load_state_dict(self, state: Dict[str, int]) -> None:
-        """To be called before the first batch is asked for."""
+        """Continue from a state. Call this before taking the first batch."""
         self.seed, self.position = state["seed"], state["position"]
 
     def last_batch(self) -> List[str]:
-        """The files of the images in the last batch that was given out, of all processes."""
+        """The image files of the last batch that was returned, for all processes."""
         batch = next(self._batches(self.position - 1))
         return [self.samples.records[index].get("file_name", "?") for _, index in batch]
 
@@ -148,7 +150,7 @@ class TrainLoader:
             batch_sampler=(b[rank::num_processes] for b in self._batches(self.position)),
             num_workers=self.num_workers,
             collate_fn=list,
-            generator=torch.Generator(),  # or it draws from the one that the model draws from
+            generator=torch.Generator(),  # otherwise it would draw from the model's
         )
         skipped: Set[BadImage] = set()
         for batch in loader:
@@ -159,15 +161,15 @@ class TrainLoader:
             yield [sample for sample, _ in batch]
 
     def _check_classes(self, sample: Dict) -> None:
-        # Detectron2 takes the class behind the last for background, without a word.
+        # Detectron2 would silently take the class after the last one for background.
         classes = getattr(sample.get("instances"), "gt_classes", None)
         if self.num_classes is None or classes is None or len(classes) == 0:
             return
         if not 0 <= classes.min() <= classes.max() < self.num_classes:
             raise StopTraining(
-                f"an object in {sample.get('file_name', 'an image')} is of class "
-                f"{int(classes.max())}, but the model has {self.num_classes} classes, from 0 on: "
-                "set its number of classes, or let the mapper change the classes"
+                f"an object in {sample.get('file_name', 'an image')} has class "
+                f"{int(classes.max())}, but the model has {self.num_classes} classes, counted from "
+                "0: change its number of classes, or let the mapper change the classes"
             )
 
     def _report(self, bad_images: Sequence[BadImage], skipped: Set[BadImage]) -> None:
@@ -177,7 +179,7 @@ class TrainLoader:
             message = f"cannot train on the image {bad.path}: {bad.reason}"
             if not self.samples.skip_bad_images:
                 raise StopTraining(
-                    f"{message}; mend or remove it, or skip such images with "
+                    f"{message}; fix or remove it, or skip such images with "
                     "DATALOADER.SKIP_BAD_IMAGES True"
                 )
             skipped.add(bad)
@@ -187,30 +189,30 @@ class TrainLoader:
             if len(skipped) > self.max_bad_images:
                 raise StopTraining(
                     f"more than {self.max_bad_images} images cannot be read "
-                    f"(DATALOADER.MAX_BAD_IMAGES), the last one {bad.path}: {bad.reason}"
+                    f"(DATALOADER.MAX_BAD_IMAGES), the last one is {bad.path}: {bad.reason}"
                 )
 
 
 def _batches(
     sampler: Sampler, groups: Sequence[bool], batch_size: int, seed: int, position: int
 ) -> Iterator[Batch]:
-    """The batches of all processes together, from a position on."""
+    """The batches of all processes together, starting at a position."""
     waiting: Dict[bool, Batch] = defaultdict(list)
     num_batches = 0
-    # Detectron2's samplers iterate over the share of one process; this is what they share.
+    # Detectron2's samplers iterate over the share of one process; these are all indices.
     indices = getattr(sampler, "_infinite_indices", sampler.__iter__)()
     for number, index in enumerate(indices):
         group = waiting[groups[index]]
         group.append(((SAMPLE_SEEDS, seed, number), index))
         if len(group) == batch_size:
             num_batches += 1
-            if num_batches > position:  # those before have only been counted
+            if num_batches > position:  # earlier ones are only counted
                 yield group[:]
             group.clear()
 
 
 class _Samples(Dataset):
-    """Loaded and augmented images: (sample, the bad images that it stands in for)."""
+    """Loaded and augmented images: (sample, the bad images that it replaces)."""
 
     def __init__(self, dataset: List[Dict], mapper: Callable, skip_bad_images: bool):
         self.records = DatasetFromList(dataset, copy=True)
@@ -227,12 +229,12 @@ class _Samples(Dataset):
                 try:
                     sample = self.mapper(record)
                 except (OSError, SizeMismatchError, SyntaxError) as error:
-                    # Pillow calls a broken PNG a SyntaxError
+                    # Pillow raises SyntaxError for a broken PNG.
                     reason = " ".join(str(error).split()) or type(error).__name__
                     bad_images.append(BadImage(path, reason))
                     if not self.skip_bad_images:
                         return None, bad_images
                     continue
-                if sample is not None:  # a mapper may turn an image down
+                if sample is not None:  # a mapper may reject an image
                     return sample, bad_images
-        return None, [*bad_images, BadImage("(every one)", "the mapper returns none of them")]
+        return None, [*bad_images, BadImage("(all of them)", "the mapper rejects every image")]

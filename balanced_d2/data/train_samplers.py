@@ -1,6 +1,7 @@
-"""What ``DATALOADER.SAMPLER_TRAIN`` chooses from: Detectron2's samplers of images, seeded.
+"""The choices of ``DATALOADER.SAMPLER_TRAIN``: Detectron2's samplers of images, seeded.
 
-Both versions' are built the same way here, since all but one of them are repeat factors.
+The weighted samplers of Detectron2's main are built here from repeat factors, so that both versions
+have them.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ from detectron2.data.samplers import (
 from torch.utils.data import Sampler
 
 MakeSampler = Callable[[int], Sampler]
-"""From the seed to an endless sampler of indices."""
+"""Returns an endless sampler of indices for a seed."""
 
 
 def _training(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
@@ -36,13 +37,13 @@ def _repeat_factor(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
 
 
 def _weighted(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
-    return partial(_repeating, _data_set_factors(cfg, [len(part) for part in _by_data_set(cfg)]))
+    return partial(_repeating, _dataset_factors(cfg, [len(part) for part in _by_dataset(cfg)]))
 
 
 def _weighted_category(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
-    parts = _by_data_set(cfg)
+    parts = _by_dataset(cfg)
     factors = torch.cat([_category_factors(cfg, part) for part in parts])
-    factors = factors * _data_set_factors(cfg, [len(part) for part in parts])
+    factors = factors * _dataset_factors(cfg, [len(part) for part in parts])
     return partial(_repeating, factors / factors.min())
 
 
@@ -56,15 +57,15 @@ SAMPLERS: Dict[str, Callable[[CfgNode, List[Dict]], MakeSampler]] = {
 
 
 def uniform_sampler(num_images: int) -> MakeSampler:
-    """Each image once in every epoch, in a random order."""
+    """A sampler of each image once per epoch, in a random order."""
     return lambda seed: TrainingSampler(num_images, seed=seed)
 
 
 def load_records(cfg: CfgNode, *names: str) -> List[Dict]:
-    """The records of data sets that are trained on, as Detectron2 loads and filters them.
+    """The records of training datasets, as Detectron2 loads and filters them.
 
     Args:
-        *names: all of ``DATASETS.TRAIN``, or one of them without its proposals.
+        *names: all of ``DATASETS.TRAIN``, or one of them, then without its proposals.
     """
     is_whole = names == tuple(cfg.DATASETS.TRAIN)
     return get_detection_dataset_dicts(
@@ -79,11 +80,11 @@ def load_records(cfg: CfgNode, *names: str) -> List[Dict]:
     )
 
 
-def _by_data_set(cfg: CfgNode) -> List[List[Dict]]:
+def _by_dataset(cfg: CfgNode) -> List[List[Dict]]:
     return [load_records(cfg, name) for name in cfg.DATASETS.TRAIN]
 
 
-def _data_set_factors(cfg: CfgNode, sizes: List[int]) -> torch.Tensor:
+def _dataset_factors(cfg: CfgNode, sizes: List[int]) -> torch.Tensor:
     given = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
     factors = [float(given.get(name, 1)) for name in cfg.DATASETS.TRAIN]
     return torch.tensor(factors).repeat_interleave(torch.tensor(sizes))
@@ -91,7 +92,7 @@ def _data_set_factors(cfg: CfgNode, sizes: List[int]) -> torch.Tensor:
 
 def _category_factors(cfg: CfgNode, records: List[Dict]) -> torch.Tensor:
     """``max(1, sqrt(threshold / frequency))`` of the rarest category in each image (LVIS, appendix
-    B.2), or without the square root, which only Detectron2's main knows."""
+    B.2), or without the square root, which Detectron2 itself supports only on main."""
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
         records, cfg.DATALOADER.REPEAT_THRESHOLD
     )

@@ -1,12 +1,12 @@
-"""Weights & Biases, for those who ask for it: it is sent what TensorBoard gets."""
+"""Weights & Biases, optional: it receives everything that TensorBoard does."""
 
 from detectron2.config import CfgNode
 
 
 def start_wandb(cfg: CfgNode) -> None:
-    """Start a run that copies the events of every TensorBoard writer made after this.
+    """Start a run that copies the events of every TensorBoard writer created after this.
 
-    In the main process only. The run ends with the process.
+    Call this in the main process only. The run ends with the process.
     """
     import wandb
 

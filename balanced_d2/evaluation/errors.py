@@ -1,6 +1,6 @@
-"""What AP is lost by: how much each kind of error costs.
+"""Where AP is lost: how much each kind of error costs.
 
-The kinds and how they are weighed are those of D. Bolya, S. Foley, J. Hays and J. Hoffman, "TIDE: A
+The kinds and their costs are defined by D. Bolya, S. Foley, J. Hays and J. Hoffman, "TIDE: A
 General Toolbox for Identifying Object Detection Errors", ECCV 2020, sections 2.2 and 2.3
 (https://arxiv.org/abs/2008.08115). Written from the paper.
 """
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from balanced_d2.evaluation.matching import IOU, SIZES, Matching, match
 
 BACKGROUND_IOU = 0.1
-"""What overlaps less than this with an object has nothing to do with it: the paper's t_b."""
+"""A detection whose IoU with an object is below this has nothing to do with it: the paper's t_b."""
 
 KINDS = {
     "classification": "right place, wrong class",
@@ -26,17 +26,17 @@ KINDS = {
 }
 """The kinds of errors, and what each means in a few words.
 
-With IoU the largest one of a false positive with ground truth, of its own or of another class:
+For a false positive, let IoU be its largest one with ground truth of the given class:
 
-- localisation: 0.1 <= IoU < 0.5 of its own class;
-- classification: 0.5 <= IoU of another class;
-- duplicate: 0.5 <= IoU of its own class, which a better detection has found;
-- background: IoU < 0.1 of any class;
-- both: 0.1 <= IoU < 0.5 of another class.
+- localisation: 0.1 <= IoU < 0.5 with its own class;
+- classification: 0.5 <= IoU with another class;
+- duplicate: 0.5 <= IoU with its own class, where a better detection has found the object;
+- background: IoU < 0.1 with every class;
+- both: 0.1 <= IoU < 0.5 with another class.
 
-A false positive is the first of these that it can be, which is the order of the authors' program;
-the paper leaves it open. Missed is the ground truth that no detection has found, and that is not
-what a localisation or classification error is about.
+The first kind that applies counts, in the order of the authors' program; the paper does not say.
+A ground-truth box is missed if no detection has found it and no localisation or classification
+error is about it.
 """
 
 _NAMES = list(KINDS)
@@ -45,26 +45,26 @@ _MOVED = {"classification", "localisation"}
 
 
 class ClassResult(NamedTuple):
-    """AP of a class, or of all."""
+    """AP of one class, or of all classes."""
 
     name: str
     ap: Dict[str, Optional[float]]
     """COCO's AP in percent by :data:`~balanced_d2.evaluation.matching.SIZES`, None where there is
     no ground truth."""
     num_boxes: Dict[str, int]
-    """How many boxes of ground truth there are, without crowds."""
+    """Number of ground-truth boxes, without crowds."""
 
 
 class ErrorResult(NamedTuple):
-    """What one kind of error does."""
+    """The effect of one kind of error."""
 
     kind: str
     """One of :data:`KINDS`."""
     lost: float
-    """By how much AP50 would be higher without it alone, in percent points. These do not add up to
-    what AP50 lacks: with several errors mended, each counts more or less than alone."""
+    """How much higher AP50 would be without this kind alone, in percentage points. These do not
+    add up to 100 - AP50: fixed together, kinds may count more or less than alone."""
     number: int
-    """Detections with that error; of "missed", boxes of ground truth."""
+    """Number of detections with that error; for "missed", of ground-truth boxes."""
 
 
 class Analysis(NamedTuple):
@@ -72,13 +72,13 @@ class Analysis(NamedTuple):
 
     total: ClassResult
     classes: List[ClassResult]
-    """By rising category id."""
+    """By ascending category id."""
     ap50: float
     """AP at an IoU of 0.5, in percent."""
     errors: List[ErrorResult]
     """In the order of :data:`KINDS`."""
     threshold: float
-    """Least score of the detections that were counted; for AP, all are used."""
+    """Minimum score of the detections that were counted; AP uses all detections."""
 
 
 def analyze_errors(
@@ -86,13 +86,13 @@ def analyze_errors(
 ) -> Analysis:
     """Measure AP by class and size, and what each kind of error costs.
 
-    Crowds are no ground truth, and detections on a crowd of their own class are no errors, as in
-    COCO's AP. A box without width or height is ground truth all the same; it cannot be found.
+    As in COCO's AP, crowds are not ground truth, and detections on a crowd of their own class are
+    not errors. A box without width or height is ground truth, although it cannot be found.
 
     Args:
         annotations, predictions: see :func:`balanced_d2.evaluation.matching.match`.
-        threshold: least score of a detection to be counted as an error, or as having found
-            something. It does not touch AP and what it loses.
+        threshold: minimum score of a detection to count as an error or as a match. It does not
+            affect AP and what errors cost.
 
     Raises:
         UserError: if there is no ground truth.
@@ -101,7 +101,7 @@ def analyze_errors(
     breakdown = Breakdown(matching)
     ap50, counts = breakdown.ap50(), breakdown.counts(threshold)
     return Analysis(
-        # COCO's mean over classes, of those with ground truth of the size.
+        # COCO's mean over the classes that have ground truth of the size.
         total=_class_result(
             "all classes",
             [_mean(ap) for ap in matching.ap.T],
@@ -114,7 +114,7 @@ def analyze_errors(
             )
         ],
         ap50=ap50,
-        # Mending never does harm, but rounding could look so.
+        # Fixing errors never lowers AP, except by rounding.
         errors=[
             ErrorResult(kind, max(0.0, breakdown.ap50(fixed=[kind]) - ap50), counts[kind])
             for kind in KINDS
@@ -137,19 +137,19 @@ def _class_result(name: str, ap: Sequence[float], num_boxes: Sequence[int]) -> C
 
 
 class Breakdown:
-    """The error of every detection, and AP50 without some of them.
+    """The error of every detection, and AP50 without some kinds of errors.
 
     Attributes:
-        kinds: int (D,), for every detection the position of its error in :data:`KINDS`, -1 for a
+        kinds: int (D,), for every detection the index of its error in :data:`KINDS`, -1 for a
             true positive.
         about: int (D,), the ground truth that a true positive has found, or that a classification
-            or localisation error would have; -1 for the others.
+            or localisation error is about; -1 for the others.
     """
 
     def __init__(self, matching: Matching):
         self._matching = matching
         own_iou, own, other_iou, other = _best_overlaps(matching)
-        is_true = matching.found >= 0
+        is_true = matching.matched >= 0
         self.kinds = np.select(
             [
                 is_true,
@@ -166,7 +166,7 @@ class Breakdown:
         )
         self.about = np.select(
             [is_true, self._is_of(["localisation"]), self._is_of(["classification"])],
-            [matching.found, own, other],
+            [matching.matched, own, other],
             default=-1,
         )
 
@@ -178,32 +178,32 @@ class Breakdown:
         return ~np.isin(np.arange(len(self._matching.truth_classes)), about)
 
     def counts(self, threshold: float = -np.inf) -> Dict[str, int]:
-        """How many errors of each kind there are, with detections of a score from ``threshold`` on.
+        """The number of errors of each kind among detections with a score >= ``threshold``.
 
-        Without the other detections more is missed; the kinds of those that remain do not change.
+        Without the other detections, more is missed; the kinds of the rest do not change.
         """
         kinds = self.kinds[self._matching.scores >= threshold]
         counts = {kind: int((kinds == number).sum()) for number, kind in enumerate(KINDS)}
         return {**counts, "missed": int(self._is_missed(threshold).sum())}
 
     def ap50(self, fixed: Collection[str] = ()) -> float:
-        """AP at an IoU of 0.5 in percent, after an oracle has mended some kinds of errors.
+        """AP at an IoU of 0.5 in percent, after an oracle has fixed some kinds of errors.
 
         A classification error gets the class, and a localisation error the box, of the ground truth
-        that it is about; where several detections have found the same then, the best is kept. Both,
-        duplicate and background errors are removed. What was missed is no longer asked for: the
-        recall of its class is of what remains. A class that nothing is asked of has an AP of 100
-        without detections, of 0 with some.
+        that it is about; if several detections then match the same box, the best is kept. Errors of
+        the kinds both, duplicate and background are removed. Missed ground truth is removed too, so
+        that recall refers to the rest. A class without any ground truth left has an AP of 100 if it
+        has no detections, else 0.
 
         Args:
-            fixed: of :data:`KINDS`; all together give 100.
+            fixed: some of :data:`KINDS`; all of them give 100.
         """
         matching = self._matching
         claims = np.where(
             (self.kinds == _TRUE_POSITIVE) | self._is_of(_MOVED & set(fixed)), self.about, -1
         )
         claiming = np.flatnonzero(claims >= 0)
-        # The first is the best: detections are in the order of their scores.
+        # The first is the best, because detections are sorted by score.
         _, first = np.unique(claims[claiming], return_index=True)
         is_true = np.zeros(len(claims), dtype=bool)
         is_true[claiming[first]] = True
@@ -211,16 +211,16 @@ class Breakdown:
         class_of = np.where(is_true, matching.truth_classes[claims], matching.class_of)
 
         num_classes = len(matching.classes)
-        asked_for = matching.truth_classes
-        has_truth = np.bincount(asked_for, minlength=num_classes) > 0
+        truth_classes = matching.truth_classes
+        has_truth = np.bincount(truth_classes, minlength=num_classes) > 0
         if "missed" in fixed:
-            asked_for = asked_for[~self._is_missed()]
-        num_asked = np.bincount(asked_for, minlength=num_classes)
+            truth_classes = truth_classes[~self._is_missed()]
+        num_truth = np.bincount(truth_classes, minlength=num_classes)
         is_true, class_of = is_true[kept], class_of[kept]
         ends = np.cumsum(np.bincount(class_of, minlength=num_classes))[:-1]
         by_class = np.split(is_true[np.argsort(class_of, kind="stable")], ends)
         return 100 * float(
-            np.mean([_ap(by_class[k], num_asked[k]) for k in np.flatnonzero(has_truth)])
+            np.mean([_ap(by_class[k], num_truth[k]) for k in np.flatnonzero(has_truth)])
         )
 
 
@@ -228,29 +228,29 @@ def _ap(is_true: np.ndarray, num_truth: int) -> float:
     """COCO's AP, from 0 to 1: the mean of the precision at 101 recalls.
 
     Args:
-        is_true: bool (N,), of detections of a class, the best first.
-        num_truth: how many there are to be found.
+        is_true: bool (N,), which detections of a class are true positives, best first.
+        num_truth: number of ground-truth boxes of the class.
     """
     if num_truth == 0:
         return float(len(is_true) == 0)
     num_found = np.cumsum(is_true)
     precision = num_found / np.arange(1, len(is_true) + 1)
-    # At each recall, the best precision that is to be had with no less.
+    # At each recall, the best precision at that recall or a higher one.
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     at = np.searchsorted(num_found / num_truth, np.linspace(0, 1, 101), side="left")
     return float(np.append(precision, 0)[at].mean())
 
 
 def _best_overlaps(matching: Matching) -> tuple[np.ndarray, ...]:
-    """The best overlap of every false positive with ground truth of its own and of other classes.
+    """The largest IoU of every false positive with ground truth of its own and of other classes.
 
     Returns:
-        IoU (D,) and which ground truth (D,), of the own class, and then of the others; 0 and -1
-        where there is none, and for true positives.
+        IoU (D,) and index of the ground truth (D,), for its own class and then for the others; 0
+        and -1 where there is none, and for true positives.
     """
-    num = len(matching.found)
+    num = len(matching.matched)
     ious, which = np.zeros((2, num)), np.full((2, num), -1)
-    false = np.flatnonzero(matching.found < 0)
+    false = np.flatnonzero(matching.matched < 0)
     false_of = _by_image(false, matching.images[false])
     truth_of = _by_image(np.arange(len(matching.truth_images)), matching.truth_images)
     for image in tqdm(

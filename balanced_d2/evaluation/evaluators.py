@@ -1,4 +1,4 @@
-"""The evaluator of a data set, by its ``evaluator_type``."""
+"""The evaluator of a dataset, chosen by its ``evaluator_type``."""
 
 import logging
 import types
@@ -21,7 +21,7 @@ from balanced_d2.utils.errors import UserError, check_package
 
 
 class _COCOEvaluator(COCOEvaluator):
-    """Detectron2's, with an AP of 0 where nothing was detected, which it calls NaN."""
+    """Detectron2's evaluator, with an AP of 0 instead of NaN if nothing was detected."""
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
@@ -29,7 +29,7 @@ class _COCOEvaluator(COCOEvaluator):
 
 
 class _LVISEvaluator(LVISEvaluator):
-    """Detectron2's, with an AP of 0 where nothing was detected, which it calls NaN."""
+    """Detectron2's evaluator, with an AP of 0 instead of NaN if nothing was detected."""
 
     def _eval_predictions(self, predictions):
         super()._eval_predictions(predictions)
@@ -43,7 +43,7 @@ def _zeros(results: Dict[str, float], task: str, logger: logging.Logger) -> Dict
     return dict.fromkeys(results, 0.0)
 
 
-# What each evaluator_type is evaluated with: by name, output folder and TEST.KEYPOINT_OKS_SIGMAS.
+# Builds the evaluator of each type from dataset name, output folder and TEST.KEYPOINT_OKS_SIGMAS.
 EVALUATORS: Dict[str, Callable[[str, str, Sequence[float]], DatasetEvaluator]] = {
     "coco": lambda name, folder, sigmas: _COCOEvaluator(
         name, output_dir=folder, kpt_oks_sigmas=sigmas
@@ -61,7 +61,7 @@ EVALUATORS: Dict[str, Callable[[str, str, Sequence[float]], DatasetEvaluator]] =
     "cityscapes_instance": lambda name, folder, sigmas: CityscapesInstanceEvaluator(name),
     "cityscapes_sem_seg": lambda name, folder, sigmas: CityscapesSemSegEvaluator(name),
 }
-# Packages that some of them import only when they evaluate, and what to install.
+# Packages that some evaluators import only when they evaluate, and what to install.
 PACKAGES = {
     "coco_panoptic_seg": (
         "panopticapi",
@@ -78,13 +78,13 @@ def _lvis(name: str, folder: str) -> DatasetEvaluator:
 
 
 def _patch_lvis() -> None:
-    """Let ``lvis`` (0.5.3, its last release) run on current NumPy, where ``np.float`` is gone.
+    """Make ``lvis`` (0.5.3, its last release) work with current NumPy, which has no ``np.float``.
 
-    Only the module ``lvis.eval`` sees the alias; NumPy itself is not changed.
+    Only the module ``lvis.eval`` sees the alias; NumPy itself does not change.
     """
     try:
         import lvis.eval
-    except ImportError:  # an optional package; Detectron2's evaluator says how to get it
+    except ImportError:  # an optional package; Detectron2's evaluator says how to install it
         return
     if hasattr(lvis.eval.np, "float"):
         return
@@ -94,25 +94,25 @@ def _patch_lvis() -> None:
 
 
 def check_packages(dataset_names: Sequence[str]) -> None:
-    """Raise :class:`UserError` if a package is missing that the data sets' evaluators need."""
+    """Raise :class:`UserError` if a package that the datasets' evaluators need is missing."""
     for name in dataset_names:
         module, source = PACKAGES.get(MetadataCatalog.get(name).get("evaluator_type"), ("", ""))
         if module:
-            check_package(module, f"data set {name!r} (DATASETS.TEST) is evaluated", source)
+            check_package(module, f"data set {name!r} (DATASETS.TEST): its evaluation", source)
 
 
 def check_evaluator(dataset_name: str) -> str:
-    """The ``evaluator_type`` of a data set.
+    """The ``evaluator_type`` of a dataset.
 
     Raises:
-        UserError: if it has none, or one that :func:`build_evaluator` does not know.
+        UserError: if it has none, or one that :func:`build_evaluator` does not support.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in EVALUATORS:
         raise UserError(
             f"data set {dataset_name!r} cannot be evaluated: its evaluator_type is "
-            f"{evaluator_type!r}, but has to be one of: {', '.join(EVALUATORS)}. A trainer of your "
-            "own can give another evaluator, by its build_evaluator"
+            f"{evaluator_type!r}, but has to be one of: {', '.join(EVALUATORS)}. To use another "
+            "evaluator, override build_evaluator in your own trainer"
         )
     return evaluator_type
 
@@ -120,11 +120,11 @@ def check_evaluator(dataset_name: str) -> str:
 def build_evaluator(
     dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
 ) -> DatasetEvaluator:
-    """Detectron2's evaluator for a data set, by the ``evaluator_type`` of its metadata.
+    """Build Detectron2's evaluator for a dataset, by the ``evaluator_type`` of its metadata.
 
     Args:
         output_dir: where the evaluator writes the detections.
-        kpt_oks_sigmas: of keypoints other than COCO's 17, how exactly each can be annotated
+        kpt_oks_sigmas: for keypoints other than COCO's 17, how precisely each can be annotated
             (``TEST.KEYPOINT_OKS_SIGMAS``).
 
     Raises:

@@ -1,4 +1,4 @@
-"""What COCO's box evaluation makes of detections, as arrays: AP, and which box each one found."""
+"""COCO's evaluation of boxes as arrays: AP, and the ground truth that each detection matches."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -12,17 +12,17 @@ from tqdm import tqdm
 from balanced_d2.utils.errors import UserError
 
 SIZES = ("all", "small", "medium", "large")
-"""COCO's ranges of areas: those of medium boxes are from 32² to 96² pixels, both included."""
+"""COCO's ranges of areas: medium boxes have 32² to 96² pixels, both included."""
 
 IOU = 0.5
-"""Least IoU at which a detection finds a ground-truth box, for all but AP."""
+"""Minimum IoU at which a detection matches a ground-truth box, for everything except AP."""
 
 
 class Matching(NamedTuple):
-    """Detections and ground truth that count, and how they belong together.
+    """The detections and ground truth that count, and how they match.
 
-    Left out are crowds; the detections that COCO ignores, since they lie on a crowd of their class;
-    and all but the 100 best detections of an image and class. Classes are numbered by rising
+    Left out are crowds, detections that COCO ignores because they are on a crowd of their class,
+    and all but the 100 best detections for each image and class. Classes are numbered by ascending
     category id.
     """
 
@@ -32,33 +32,33 @@ class Matching(NamedTuple):
     """Float (K, 4), COCO's AP (mean over IoU 0.50 to 0.95) in percent, by :data:`SIZES`; NaN where
     there is no ground truth."""
     num_boxes: np.ndarray
-    """Int (K, 4), how many boxes of ground truth there are, by :data:`SIZES`."""
+    """Int (K, 4), number of ground-truth boxes, by :data:`SIZES`."""
 
     truth_boxes: np.ndarray
     """Float (G, 4), x, y, width, height in pixels."""
     truth_images: np.ndarray
-    """Int (G,), number of the image."""
+    """Int (G,), index of the image."""
     truth_classes: np.ndarray
     """Int (G,)."""
 
     boxes: np.ndarray
-    """Float (D, 4), detections, in the order in which AP goes through them: the best first."""
+    """Float (D, 4), detections in the order in which AP processes them: best first."""
     images: np.ndarray
     """Int (D,)."""
     class_of: np.ndarray
     """Int (D,)."""
     scores: np.ndarray
-    """Float (D,), falling."""
-    found: np.ndarray
-    """Int (D,), the ground truth that a detection has found at an IoU of 0.5, -1 for none."""
+    """Float (D,), descending."""
+    matched: np.ndarray
+    """Int (D,), the ground truth that a detection matches at an IoU of 0.5, -1 for none."""
 
 
 def match(annotations: Dict, predictions: Sequence[Dict]) -> Matching:
-    """Evaluate detections as COCO does (pycocotools, boxes, its own parameters).
+    """Evaluate detections as COCO does (pycocotools, boxes, default parameters).
 
     Args:
         annotations: the content of an annotation file in COCO's format, in which all objects of
-            every class are annotated; not so in LVIS.
+            every class are annotated (unlike LVIS).
         predictions: see :func:`balanced_d2.evaluation.predictions.check_predictions`; may be empty.
 
     Raises:
@@ -77,7 +77,7 @@ def match(annotations: Dict, predictions: Sequence[Dict]) -> Matching:
             "bbox": list(item["bbox"]),
         }
 
-    # From 1 on: pycocotools takes an id of 0 for "no match".
+    # Ids start at 1, because pycocotools takes 0 for "no match".
     truth = [
         {**common(number, item), "area": item["area"], "iscrowd": item.get("iscrowd", 0)}
         for number, item in enumerate(annotations["annotations"], 1)
@@ -92,7 +92,7 @@ def match(annotations: Dict, predictions: Sequence[Dict]) -> Matching:
     if not counted.any():
         raise UserError("the annotations have no ground truth (crowds do not count)")
     truth = [item for item, counts in zip(truth, counted, strict=True) if counts]
-    # From ids of pycocotools, 0 for none, to numbers of the ground truth that counts.
+    # From pycocotools' ids, 0 for none, to indices of the ground truth that counts.
     numbers = np.full(len(counted) + 1, -1)
     numbers[1:][counted] = np.arange(len(truth))
 
@@ -112,7 +112,7 @@ def match(annotations: Dict, predictions: Sequence[Dict]) -> Matching:
         images=images[order],
         class_of=_column(detections, "category_id", int)[order],
         scores=scores[order],
-        found=numbers[matched][order],
+        matched=numbers[matched][order],
     )
 
 
@@ -121,7 +121,7 @@ def _column(items: Sequence[Dict], key: str, dtype: type) -> np.ndarray:
 
 
 class _COCOeval(COCOeval):
-    """With a progress bar, which is what lasts."""
+    """Adds a progress bar to the step that takes the time."""
 
     def evaluate(self) -> None:
         p = self.params
@@ -137,7 +137,7 @@ class _COCOeval(COCOeval):
 def _evaluate(
     truth: List[Dict], detections: List[Dict], num_images: int, num_classes: int
 ) -> COCOeval:
-    with redirect_stdout(StringIO()):  # pycocotools prints as it works
+    with redirect_stdout(StringIO()):  # pycocotools prints its progress
         evaluated = _COCOeval(
             *(_as_coco(items, num_images, num_classes) for items in (truth, detections)), "bbox"
         )
@@ -159,7 +159,7 @@ def _as_coco(items: List[Dict], num_images: int, num_classes: int) -> COCO:
 
 
 def _count(truth: List[Dict], ranges: Sequence, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many boxes there are of each class and size, (K, 4), and which ones count at all."""
+    """Number of boxes of each class and size, (K, 4), and which boxes count at all."""
     areas, classes = _column(truth, "area", float), _column(truth, "category_id", int)
     inside = [(areas >= low) & (areas <= high) for low, high in ranges]
     counted = np.array(inside) & ~_column(truth, "iscrowd", bool)
@@ -168,11 +168,11 @@ def _count(truth: List[Dict], ranges: Sequence, num_classes: int) -> tuple[np.nd
 
 
 def _matches(evaluated: COCOeval) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the detections that COCO does not ignore; ids of what each has found, 0 for none."""
+    """Ids of the detections that COCO does not ignore, and ids of their matches, 0 for none."""
     p = evaluated.params
     at, of_all = list(p.iouThrs).index(IOU), p.areaRngLbl.index("all")
     num_images, num_sizes = len(p.imgIds), len(p.areaRng)
-    # Results are listed by class, by size and by image; None where there is nothing at all.
+    # Results are listed by class, by size and by image; None where there are no boxes.
     blocks = range(of_all * num_images, len(evaluated.evalImgs), num_sizes * num_images)
     ids: List[Sequence] = [[]]
     matched: List[Sequence] = [[]]

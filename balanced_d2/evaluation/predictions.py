@@ -1,4 +1,4 @@
-"""Detections in COCO's result format: read from a file, and whether a data set can be theirs."""
+"""Detections in COCO's result format: reading them, and checking that they fit a dataset."""
 
 import argparse
 from math import isfinite
@@ -8,14 +8,14 @@ from typing import Container, Dict, List, Sequence
 import numpy as np
 
 from balanced_d2.data.checks.records import as_boxes
-from balanced_d2.data.datasets.coco import garbage_kept, parse_json
+from balanced_d2.data.datasets.coco import gc_paused, parse_json
 from balanced_d2.utils.errors import UserError
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
 
 
 def add_predictions_argument(parser: argparse.ArgumentParser) -> None:
-    """The path for :func:`load_predictions`."""
+    """Add the argument for the path that :func:`load_predictions` takes."""
     parser.add_argument(
         "predictions",
         metavar="PREDICTIONS.json",
@@ -28,33 +28,33 @@ def load_predictions(path: str) -> List:
     """Read a file such as Detectron2's ``coco_instances_results.json``.
 
     Returns:
-        What should be detections; :func:`check_predictions` tells.
+        The items of the list; :func:`check_predictions` checks that they are detections.
 
     Raises:
-        UserError: if the file cannot be read or holds no list.
+        UserError: if the file cannot be read or is not a list.
     """
     try:
-        with open(path, "rb") as file, garbage_kept():
+        with open(path, "rb") as file, gc_paused():
             predictions = parse_json(file.read())
     except OSError as error:
         raise UserError(f"cannot read predictions {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"predictions {path} are not valid JSON: {error}") from error
     if not isinstance(predictions, list):
-        raise UserError(f"predictions {path} are not COCO's result format, a list of detections")
+        raise UserError(f"predictions {path} are not in COCO's result format, a list of detections")
     return predictions
 
 
 def check_predictions(
     predictions: Sequence, image_ids: Container, category_ids: Container, source: str
 ) -> None:
-    """Raise :class:`UserError` on the first thing that is no detection on a data set.
+    """Raise :class:`UserError` on the first item that is not a detection on a dataset.
 
     Args:
         predictions: dicts with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in
-            pixels) and ``score``, all numbers finite; other entries are not looked at.
-        image_ids, category_ids: those of the data set.
-        source: what the message calls the data set.
+            pixels) and ``score``, all numbers finite; other entries are ignored.
+        image_ids, category_ids: the ids in the dataset.
+        source: what the message calls the dataset.
     """
     for number, prediction in enumerate(predictions, 1):
         if not isinstance(prediction, dict) or not prediction.keys() >= set(FIELDS):
@@ -69,16 +69,16 @@ def check_predictions(
             known = False
         if not known:
             raise UserError(
-                f"a detection names image {image_id} and category {category_id}, which {source} "
-                "has not; are these its predictions?"
+                f"a detection has image {image_id} and category {category_id}, which are not in "
+                f"{source}; are these its predictions?"
             )
     boxes, _ = as_boxes([prediction["bbox"] for prediction in predictions])
-    # Of what is not four finite numbers, the comparison is false.
-    wrong = np.flatnonzero(~np.all(boxes[:, 2:] >= 0, axis=1))
-    _refuse(predictions, wrong.tolist(), "bbox", "x, y, width, height in pixels")
+    # False for NaN, which stands for anything but four finite numbers.
+    wrong = np.flatnonzero(~np.all(boxes[:, 2:] >= 0, axis=1)).tolist()
+    _refuse(predictions, wrong, "bbox", "x, y, width, height in pixels")
     scores = [prediction["score"] for prediction in predictions]
-    unfit = [i for i, s in enumerate(scores) if not (isinstance(s, Real) and isfinite(s))]
-    _refuse(predictions, unfit, "score", "a finite number")
+    wrong = [i for i, s in enumerate(scores) if not (isinstance(s, Real) and isfinite(s))]
+    _refuse(predictions, wrong, "score", "a finite number")
 
 
 def _refuse(predictions: Sequence[Dict], wrong: Sequence[int], field: str, expected: str) -> None:

@@ -1,1 +1,1 @@
-"""What every other part of the package needs."""
+"""Helpers for all other parts of the package."""

@@ -1,4 +1,4 @@
-"""What differs between the versions of Detectron2."""
+"""Differences between the versions of Detectron2."""
 
 import contextlib
 from typing import Any, Mapping
@@ -10,10 +10,10 @@ from detectron2.utils import comm
 
 @contextlib.contextmanager
 def no_gradient_scaling():
-    """Within it, cascade ROI heads can be traced for inference.
+    """Context manager in which cascade ROI heads can be traced for inference.
 
-    Detectron2 0.6 scales their gradients with a Python function even where there are none; main
-    does so in training only.
+    Detectron2 0.6 scales their gradients with a Python function even when there are none; main
+    does so only in training.
     """
     from detectron2.modeling.roi_heads import cascade_rcnn
 
@@ -28,10 +28,10 @@ def no_gradient_scaling():
 
 @contextlib.contextmanager
 def ddp_arguments(arguments: Mapping[str, Any]):
-    """Within it, Detectron2's trainer gives ``create_ddp_model`` these arguments, too.
+    """Context manager in which Detectron2's trainer also passes these to ``create_ddp_model``.
 
-    Neither version takes any, and both give ``DistributedDataParallel`` the index of a device,
-    which only GPUs have.
+    Neither version lets a caller choose them, and both pass ``DistributedDataParallel`` a device
+    index, which CPUs do not have.
     """
     from detectron2.engine import defaults
 
@@ -45,10 +45,10 @@ def ddp_arguments(arguments: Mapping[str, Any]):
 
 
 def create_local_process_group(num_processes: int) -> None:
-    """Tell Detectron2 which processes share a machine, where its own launcher did not start them.
+    """Tell Detectron2 which processes share a machine, if its own launcher did not start them.
 
     Args:
-        num_processes: how many processes run on each machine.
+        num_processes: number of processes on each machine.
     """
     if hasattr(comm, "create_local_process_group"):  # main
         comm.create_local_process_group(num_processes)

@@ -12,7 +12,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a config, an argument, a file, an annotation.
+    """A mistake in the user's input: a config, an argument, a file, an annotation.
 
     The message says which one, what is wrong and what to do. Programs show it as one line without
     a traceback; library code sees an ordinary ``ValueError``.
@@ -20,11 +20,11 @@ class UserError(ValueError):
 
 
 class StopTraining(Exception):
-    """Ends a training for a reason that needs no traceback.
+    """Stops training for a reason that needs no traceback.
 
     Args:
-        message: for the user.
-        exit_code: of the program.
+        message: text for the user.
+        exit_code: exit code of the program.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_USER_ERROR):
@@ -36,12 +36,12 @@ class StopTraining(Exception):
 def raise_user_errors(
     source: str, *kinds: Type[Exception], explain: Callable[[Exception], str] = str
 ) -> Iterator[None]:
-    """Within it, exceptions become :class:`UserError`: "source: what is wrong".
+    """Context manager that turns exceptions into :class:`UserError`: "source: what is wrong".
 
     Args:
-        source: the file, option or data set that is at fault.
-        *kinds: of exceptions, besides OSError, which is a file that cannot be read.
-        explain: what the message says of them.
+        source: the file, option or dataset at fault.
+        *kinds: types of exceptions, besides OSError, which means that a file cannot be read.
+        explain: returns what the message says about an exception.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def raise_user_errors(
 
 @contextmanager
 def no_traceback_of(kind: Type[Exception]) -> Iterator[None]:
-    """Within it, Detectron2's training loop logs no traceback of exceptions of a kind."""
+    """Context manager in which Detectron2's training loop logs no traceback for a type of error."""
     logger = logging.getLogger("detectron2.engine.train_loop")
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -70,13 +70,13 @@ def no_traceback_of(kind: Type[Exception]) -> Iterator[None]:
 
 
 def first_of(problems: Sequence[str], number: int = 3) -> str:
-    """The first few of many problems as one text, with how many more there are."""
+    """The first few problems in one text, with the number of the others."""
     more = f" and {len(problems) - number} more" if len(problems) > number else ""
     return "; ".join(problems[:number]) + more
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise :class:`UserError` if ``value`` is none of ``choices``. ``name`` says what it is."""
+    """Raise :class:`UserError` if ``value``, called ``name`` in the message, is not a choice."""
     if value not in choices:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(choices)}")
 
@@ -85,13 +85,13 @@ def check_package(module: str, needed_by: str, source: str = "") -> None:
     """Raise :class:`UserError` if an optional package is not installed.
 
     Args:
-        module: its name, to import and to install.
-        needed_by: what in the config asks for it.
-        source: what to install, where that is not the name.
+        module: its name, both to import and to install.
+        needed_by: what needs it; the message begins with this.
+        source: what to install, if that is not the name.
     """
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"{needed_by}, which needs the package {module}; run: pip install {source or module}"
+            f"{needed_by} needs the package {module}; run: pip install {source or module}"
         )
 
 
@@ -99,7 +99,7 @@ def report_user_errors(main: Callable, *args) -> int:
     """Call ``main(*args)``; print a :class:`UserError` as one line on standard error.
 
     Returns:
-        The exit code for the program: 0, 2 after an error, that of a :class:`StopTraining`, or 130
+        The exit code for the program: 0, 2 after an error, that of :class:`StopTraining`, or 130
         after Ctrl-C.
     """
     try:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing files so that they are either complete or absent."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from balanced_d2.utils.errors import UserError
 
 
 def check_writable(path: str, what: str = "the folder") -> None:
-    """Make the folder of ``path``; raise :class:`UserError` if it cannot be written to.
+    """Create the folder of ``path``; raise :class:`UserError` if it cannot be written to.
 
     Args:
         what: what the message calls the folder.
@@ -22,14 +22,14 @@ def check_writable(path: str, what: str = "the folder") -> None:
 
 @contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Give the name of a temporary file which becomes ``path`` at the end, if nothing is raised.
+    """Yield the name of a temporary file that becomes ``path`` at the end, if nothing is raised.
 
     Raises:
         UserError: if the folder of ``path`` cannot be written to.
     """
     folder, name = os.path.split(path)
     with raise_if_unwritable(f"the folder {folder or '.'}"):
-        # The file has its final name from the start: PyTorch writes it into the file.
+        # In a folder of its own, the file can have its final name, which PyTorch writes into it.
         temporary = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder or ".")
     with temporary as temporary_folder:
         file = os.path.join(temporary_folder, name)
@@ -39,10 +39,10 @@ def replacing(path: str) -> Iterator[str]:
 
 @contextmanager
 def open_replacing(path: str, mode: str, **kwargs) -> Iterator[IO]:
-    """Open ``path`` for writing; it is replaced at the end, when all is on disk.
+    """Open ``path`` for writing; it is replaced at the end, once everything is on disk.
 
-    Safe against a crash at any instant, which :func:`replacing` is not. What an interrupted write
-    leaves behind ends in ``.partial``, and the next one replaces it.
+    Unlike :func:`replacing`, this is safe against a crash at any instant. An interrupted write
+    leaves a file that ends in ``.partial``, which the next write replaces.
 
     Args:
         mode, **kwargs: as for ``open``.
@@ -55,14 +55,14 @@ def open_replacing(path: str, mode: str, **kwargs) -> Iterator[IO]:
     os.replace(partial, path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        os.fsync(folder)  # writes the new name to disk
     finally:
         os.close(folder)
 
 
 @contextmanager
 def raise_if_unwritable(what: str) -> Iterator[None]:
-    """Turn an OSError within it into :class:`UserError`. ``what`` is what cannot be written to."""
+    """Turn OSError into :class:`UserError`; ``what`` says what cannot be written to."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Progress of what is logged about meanwhile."""
+"""Progress bars that leave room for log messages."""
 
 import logging
 from typing import Iterator, Sized
@@ -10,12 +10,12 @@ LOGGERS = ("balanced_d2", "detectron2", "fvcore")
 
 
 class WithBar:
-    """An iterable that shows in a terminal how far it is, and in a log file nothing.
+    """An iterable with a progress bar, shown in a terminal but not written to a log file.
 
-    Lines that are logged meanwhile are written above the bar.
+    Messages that are logged during the iteration are printed above the bar.
 
     Args:
-        iterable: of known length.
+        iterable: an iterable of known length.
         desc, unit: as for ``tqdm``.
     """
 

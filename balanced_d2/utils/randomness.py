@@ -1,4 +1,4 @@
-"""Random numbers that depend on where they are drawn only, and not on what was drawn before."""
+"""Random numbers that depend only on where they are drawn, not on what was drawn before."""
 
 import contextlib
 import random
@@ -9,7 +9,7 @@ import torch
 
 
 def seed_all(*key: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, on all devices, from numbers from 0 on."""
+    """Seed Python's, NumPy's and PyTorch's generators, on all devices, from numbers >= 0."""
     state = np.random.SeedSequence(key).generate_state(4).tolist()
     random.seed(state[0])
     np.random.seed(state[1])
@@ -18,7 +18,7 @@ def seed_all(*key: int) -> None:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Within it, random numbers of the CPU are drawn as after ``seed_all(*key)``."""
+    """Context manager in which the CPU's random numbers are drawn as after ``seed_all(*key)``."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

@@ -1,4 +1,4 @@
-"""Registries from which config keys choose by name: fvcore's, with names that can be given."""
+"""Registries from which config keys choose by name: fvcore's, with optional names."""
 
 import functools
 import inspect
@@ -10,7 +10,7 @@ from balanced_d2.utils.errors import UserError
 
 
 class Registry(_Registry):
-    """What a config key can choose from, in this project and in packages of its users.
+    """The entries that a config key can choose from, of this project and of its users.
 
     ::
 
@@ -18,13 +18,13 @@ class Registry(_Registry):
         def hardest_first(ious, num_samples):
             return ious.topk(min(num_samples, len(ious))).indices
 
-    makes ``MODEL.ROI_HEADS.NEGATIVE_SAMPLER: "hardest_first"`` known wherever the file that holds
-    it has been imported.
+    makes ``MODEL.ROI_HEADS.NEGATIVE_SAMPLER: "hardest_first"`` valid wherever the file that
+    contains it has been imported.
 
     Args:
-        name: of the registry.
+        name: name of the registry.
         key: the config key, for messages.
-        others: names that the key knows besides, which are not made here.
+        others: further names that are valid for the key but not built here.
     """
 
     def __init__(self, name: str, key: str, others: Collection[str] = ()):
@@ -39,7 +39,7 @@ class Registry(_Registry):
             name: the name in configs, by default that of the function or class.
 
         Raises:
-            AssertionError: if the name is taken.
+            AssertionError: if the name is already taken.
         """
         if obj is None:
             return functools.partial(self.register, name=name)
@@ -51,23 +51,23 @@ class Registry(_Registry):
         return [name for name, _ in self]
 
     def check(self, name: str) -> None:
-        """Raise :class:`UserError` if the key does not know ``name``, with the names it knows."""
+        """Raise :class:`UserError`, with the valid names, if ``name`` is not one of them."""
         if name not in self and name not in self.others:
             known = ", ".join([*self.others, *self.names()])
             raise UserError(f"{self.key}: there is no {name!r}; choose one of: {known}")
 
     def build(self, name: str, node: Any, **given: Any) -> Any:
-        """What a config asks for, ready for use.
+        """Build the entry that a config names.
 
-        A function is taken as it is. A class is made from the config: its
-        ``from_config(node, **given)`` returns the arguments.
+        A function is returned unchanged. A class is instantiated with the arguments that its
+        ``from_config(node, **given)`` returns.
 
         Args:
-            node: the part of the config that holds the parameters.
-            given: what the one who asks knows besides.
+            node: the part of the config that has the parameters.
+            given: values that the caller knows, for ``from_config``.
 
         Raises:
-            UserError: if there is no entry of that name.
+            UserError: if there is no entry with that name.
         """
         self.check(name)
         entry = self.get(name)

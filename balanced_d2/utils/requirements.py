@@ -1,9 +1,9 @@
-"""Detectron2 and OpenCV, which pip does not bring: what to run where one is missing.
+"""Checks for Detectron2 and OpenCV, which are not installed together with this package.
 
 Imported first by every part of the package that needs them.
 
 Raises:
-    ImportError: if one is missing or does not import.
+    ImportError: with the command to run, if one is missing or cannot be imported.
 """
 
 import warnings
@@ -25,12 +25,12 @@ except ModuleNotFoundError as error:
     ) from error
 except ImportError as error:
     raise ImportError(
-        f"OpenCV does not import here ({error}); its build without windows needs less. Run: "
+        f"OpenCV cannot be imported ({error}); its headless build needs fewer libraries. Run: "
         "pip uninstall -y opencv-python, then pip install opencv-python-headless",
         name="cv2",
     ) from error
 
-# Both Detectron2 0.6 and main script some of their functions when they are imported.
+# Both Detectron2 0.6 and main script some of their functions during import.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r".*torch\.jit\..* is (deprecated|not supported)")
     import detectron2.modeling  # noqa: F401

@@ -1,1 +1,1 @@
-"""Checks of data sets, each of what the one before has let through."""
+"""Checks of datasets; each assumes that the earlier ones have passed."""

@@ -1,4 +1,4 @@
-"""Checks of a config and its data sets before anything is built."""
+"""Checks of a config's datasets before anything is built."""
 
 import os
 from typing import Dict, Iterator, List, Optional, Tuple
@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from balanced_d2.data.checks.coco_file import check_coco
-from balanced_d2.data.checks.records import Finding, clean, found, label_of, tell
+from balanced_d2.data.checks.records import Finding, Findings, clean, label_of, report
 from balanced_d2.data.classes import check_classes
 from balanced_d2.data.datasets.coco import annotation_errors_in
 from balanced_d2.data.train_samplers import SAMPLERS
@@ -16,18 +16,19 @@ from balanced_d2.utils.progress import WithBar
 
 
 def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -> None:
-    """Check that all data sets of a config can be loaded and match the model.
+    """Check that all datasets of a config can be loaded and match the model.
 
-    Every data set is loaded once, so that a broken test set is found before the training and not
-    after it. What :func:`balanced_d2.data.checks.records.clean` drops or clips is warned of.
+    Every dataset is loaded once, so that a broken test set is reported before training and not
+    after it. Boxes that :func:`balanced_d2.data.checks.records.clean` drops or clips cause a
+    warning.
 
     Args:
-        train: whether ``DATASETS.TRAIN`` is going to be used.
-        annotations: whether the annotations are looked at, and the classes compared with the
-            model's. Without it, data sets still have to be there and to load.
+        train: whether ``DATASETS.TRAIN`` will be used.
+        annotations: whether to check the annotations and compare the classes with the model's.
+            If not, the datasets still have to exist and to load.
 
     Raises:
-        UserError: naming the data set and all that is wrong with it.
+        UserError: naming the dataset and everything that is wrong with it.
     """
     trained, evaluated = _names(cfg, "TRAIN") if train else (), _names(cfg, "TEST")
     if train:
@@ -40,26 +41,26 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
     names = list(dict.fromkeys((*trained, *evaluated)))
     for name in names:
         check_registered(name)
-    for name in WithBar(names, desc="checking data", unit="data set"):
+    for name in WithBar(names, desc="checking data", unit="dataset"):
         check_files(name)
         json_file = coco_file(name)
         if annotations and json_file:
-            found = check_coco(name, json_file, evaluated=name in evaluated)
-            # The others are those that loading drops and warns of.
-            tell(name, [finding for finding in found if finding.refused], json_file)
+            findings = check_coco(name, json_file, evaluated=name in evaluated)
+            # Loading drops or clips the others, and warns about them.
+            report(name, [finding for finding in findings if finding.refused], json_file)
         records = load(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")
         if annotations:
             check_classes(name, cfg)
             records = clean(name, records)
-            tell(name, model_findings(cfg, name, records, name in trained))
+            report(name, model_findings(cfg, name, records, name in trained))
             if name in trained:
                 usable += sum(1 for _ in _usable(records))
                 usable += sum("sem_seg_file_name" in record for record in records)
     if trained and annotations and not usable:
         raise UserError(
-            f"DATASETS.TRAIN ({', '.join(trained)}): there is no usable annotation to train on"
+            f"DATASETS.TRAIN ({', '.join(trained)}): there are no usable annotations to train on"
         )
 
 
@@ -74,18 +75,18 @@ def _names(cfg: CfgNode, key: str) -> Tuple[str, ...]:
 
 
 def load(name: str) -> List[Dict]:
-    """The records of a registered data set.
+    """The records of a registered dataset.
 
     Raises:
-        UserError: if that fails by the annotations, or for want of a package.
+        UserError: if its annotations are invalid or a package that it needs is missing.
     """
     source = MetadataCatalog.get(name).get("json_file", "its source")
     try:
         with annotation_errors_in(name, source):
             return DatasetCatalog.get(name)
     except ModuleNotFoundError as error:
-        # lvis would bring opencv-python beside another build of OpenCV; the rest of what it
-        # requires is there.
+        # lvis would install opencv-python beside another build of OpenCV; its other requirements
+        # are already installed.
         package = "--no-deps lvis" if error.name == "lvis" else error.name
         raise UserError(
             f"data set {name!r} cannot be loaded without the package {error.name}; run: "
@@ -94,7 +95,7 @@ def load(name: str) -> List[Dict]:
 
 
 def coco_file(name: str) -> Optional[str]:
-    """The annotation file of a data set in COCO's format, None for any other data set."""
+    """The annotation file of a dataset in COCO's format, None for any other dataset."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "coco" or metadata.get("generated"):
         return None
@@ -102,16 +103,16 @@ def coco_file(name: str) -> Optional[str]:
 
 
 def check_registered(name: str) -> None:
-    """Raise :class:`UserError` if there is no data set of that name."""
+    """Raise :class:`UserError` if there is no dataset with that name."""
     if name not in DatasetCatalog:
         raise UserError(
-            f"data set {name!r} is not registered; a COCO-format data set can be registered with "
+            f"data set {name!r} is not registered; a COCO-format dataset can be registered with "
             f"--register {name} ANNOTATIONS.json IMAGE_DIR"
         )
 
 
 def check_files(name: str) -> None:
-    """Raise :class:`UserError` if a file or folder that the metadata names is not there.
+    """Raise :class:`UserError` if a file or folder that the metadata names does not exist.
 
     Loaders of Detectron2's built-in data sets do not say what is missing.
     """
@@ -125,13 +126,13 @@ def check_files(name: str) -> None:
         path = metadata.get(key)
         if path and "://" not in path and not os.path.exists(path):
             raise UserError(
-                f"data set {name!r}: {path} does not exist (built-in data sets are looked for in "
+                f"data set {name!r}: {path} does not exist (built-in datasets are expected in "
                 "$DETECTRON2_DATASETS, by default ./datasets)"
             )
 
 
 def _usable(records: List[Dict]) -> Iterator[Tuple[Dict, Dict]]:
-    """Records with each of their annotations that training uses: not those of crowds."""
+    """All annotations that training uses, with their records: those that are not crowds."""
     for record in records:
         for annotation in record.get("annotations", ()):
             if not annotation.get("iscrowd", 0):
@@ -139,17 +140,17 @@ def _usable(records: List[Dict]) -> Iterator[Tuple[Dict, Dict]]:
 
 
 def model_findings(cfg: CfgNode, name: str, records: List[Dict], trained: bool) -> List[Finding]:
-    """What is missing in the annotations of a data set for the model of a config.
+    """Find what the model of a config needs but the annotations of a dataset do not have.
 
     Args:
         records: as :func:`balanced_d2.data.checks.records.clean` returns them.
-        trained: whether the data set is trained on.
+        trained: whether the dataset is used for training.
     """
-    # Pascal VOC's boxes, for one, can evaluate a model with masks.
+    # Other datasets can evaluate such a model by its boxes alone, for example Pascal VOC.
     if not trained and MetadataCatalog.get(name).get("evaluator_type") not in ("coco", "lvis"):
         return []
     usable = list(_usable(records))
-    findings = []
+    findings: List[Finding] = []
     if cfg.MODEL.MASK_ON:
         findings += _mask_findings(cfg, usable, trained)
     if cfg.MODEL.KEYPOINT_ON:
@@ -160,22 +161,20 @@ def model_findings(cfg: CfgNode, name: str, records: List[Dict], trained: bool) 
 def _mask_findings(cfg: CfgNode, usable: List[Tuple[Dict, Dict]], trained: bool) -> List[Finding]:
     masks = [(r, a) for r, a in usable if _has(a, "segmentation")]
     polygons_only = trained and cfg.INPUT.MASK_FORMAT == "polygon"
-    return [
-        *found(
-            "refused",
-            "annotation(s) have no segmentation, but MODEL.MASK_ON is True",
-            [(r, a) for r, a in usable if not _has(a, "segmentation")],
-            lambda item: label_of(*item),
-            "add them or set MODEL.MASK_ON to False",
-        ),
-        *found(
-            "refused",
-            "annotation(s) have a mask, but INPUT.MASK_FORMAT is polygon",
-            [(r, a) for r, a in masks if polygons_only and not isinstance(a["segmentation"], list)],
-            lambda item: label_of(*item),
-            "set INPUT.MASK_FORMAT to bitmask",
-        ),
-    ]
+    findings = Findings()
+    findings.refuse(
+        "annotation(s) have no segmentation, but MODEL.MASK_ON is True",
+        [(r, a) for r, a in usable if not _has(a, "segmentation")],
+        lambda item: label_of(*item),
+        "add them or set MODEL.MASK_ON to False",
+    )
+    findings.refuse(
+        "annotation(s) have an RLE mask, but INPUT.MASK_FORMAT is polygon",
+        [(r, a) for r, a in masks if polygons_only and not isinstance(a["segmentation"], list)],
+        lambda item: label_of(*item),
+        "set INPUT.MASK_FORMAT to bitmask",
+    )
+    return findings
 
 
 def _keypoint_findings(
@@ -193,25 +192,23 @@ def _keypoint_findings(
             f"data set {name!r}: its keypoints have no names; add them to the categories of the "
             "annotation file, or to the metadata (keypoint_names, keypoint_flip_map)"
         )
-    # Detectron2 leaves out images without keypoints, and fails on those with some.
+    # Detectron2 leaves out images without keypoints, and fails if only some annotations have them.
     images = {id(record) for record, _ in with_keypoints}
-    return [
-        *found(
-            "refused",
-            "annotation(s) have no keypoints, but others of their image do",
-            [(r, a) for r, a in usable if id(r) in images and not _has(a, "keypoints")],
-            lambda item: label_of(*item),
-            "write invisible ones as 0, 0, 0",
-        ),
-        *found(
-            "refused",
-            "annotation(s) have another number of keypoints than "
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, which is {num_keypoints}",
-            [(r, a) for r, a in with_keypoints if len(a["keypoints"]) != 3 * num_keypoints],
-            lambda item: f"{label_of(*item)} ({len(item[1]['keypoints']) // 3})",
-            "set it to their number",
-        ),
-    ]
+    findings = Findings()
+    findings.refuse(
+        "annotation(s) have no keypoints, but others in their image do",
+        [(r, a) for r, a in usable if id(r) in images and not _has(a, "keypoints")],
+        lambda item: label_of(*item),
+        "write invisible ones as 0, 0, 0",
+    )
+    findings.refuse(
+        "annotation(s) have a number of keypoints other than "
+        f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, which is {num_keypoints}",
+        [(r, a) for r, a in with_keypoints if len(a["keypoints"]) != 3 * num_keypoints],
+        lambda item: f"{label_of(*item)} ({len(item[1]['keypoints']) // 3})",
+        "set it to their number",
+    )
+    return findings
 
 
 def _has(annotation: Dict, part: str) -> bool:

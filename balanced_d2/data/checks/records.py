@@ -1,4 +1,4 @@
-"""What is wrong in the annotations of a data set, and records without it."""
+"""Problems in the annotations of a dataset, and the records without them."""
 
 import logging
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
@@ -11,17 +11,17 @@ from detectron2.utils.logger import log_first_n
 from balanced_d2.utils.errors import UserError
 
 MAX_EXAMPLES = 10
-# A box that reaches less than this many pixels outside its image is clipped without a word: files
-# hold rounded numbers.
+# A box that extends less than this many pixels beyond its image is clipped without a warning,
+# because files have rounded numbers.
 ROUNDING = 0.5
 
 Item = TypeVar("Item")
 
 
 class Finding(NamedTuple):
-    """One kind of mistake in a data set, and what happens to it.
+    """One kind of problem in a dataset, and what happens to the annotations that have it.
 
-    ``str()`` gives the words for the user.
+    ``str()`` returns the text for the user.
     """
 
     outcome: str
@@ -29,9 +29,9 @@ class Finding(NamedTuple):
     what: str
     """What is counted and what is wrong with it, such as "annotation(s) belong to no image"."""
     examples: Sequence[str]
-    """Where, each such as "annotation 7 (image 99)"."""
+    """Where it occurs, each such as "annotation 7 (image 99)"."""
     advice: str = ""
-    """Of what is refused: how to mend it."""
+    """How to fix it, if it is refused."""
 
     @property
     def refused(self) -> bool:
@@ -45,15 +45,45 @@ class Finding(NamedTuple):
         return f"{self.outcome} {len(self.examples)} {where}"
 
 
-def tell(name: str, findings: Sequence[Finding], source: str = "") -> None:
-    """Log a warning for each finding that is not refused, once; then refuse the others together.
+class Findings(List[Finding]):
+    """A list of findings; kinds of problems that do not occur are not added."""
+
+    def add(
+        self,
+        outcome: str,
+        what: str,
+        where: Sequence[Item] | np.ndarray,
+        label: Callable[[Item], str],
+        advice: str = "",
+    ) -> None:
+        """Add a :class:`Finding` about the items in ``where``, unless that is empty.
+
+        Args:
+            label: returns the example for an item.
+        """
+        if len(where):
+            self.append(Finding(outcome, what, [label(item) for item in where], advice))
+
+    def refuse(
+        self,
+        what: str,
+        where: Sequence[Item] | np.ndarray,
+        label: Callable[[Item], str],
+        advice: str,
+    ) -> None:
+        """Add a finding that is refused; arguments as for :meth:`add`."""
+        self.add("refused", what, where, label, advice)
+
+
+def report(name: str, findings: Sequence[Finding], source: str = "") -> None:
+    """Log each finding that is not refused as a warning, once; then refuse the others together.
 
     Args:
-        name: the data set.
-        source: the file that the findings are about, where there is one.
+        name: the dataset.
+        source: the file that the findings are about, if there is one.
 
     Raises:
-        UserError: one for all that is refused.
+        UserError: one for everything that is refused.
     """
     where = f"data set {name!r}: " + (f"{source}: " if source else "")
     for finding in findings:
@@ -65,28 +95,28 @@ def tell(name: str, findings: Sequence[Finding], source: str = "") -> None:
 
 
 def clean(name: str, records: List[Dict], source: str = "") -> List[Dict]:
-    """The records of a data set without the boxes that nothing can be learnt from.
+    """The records of a dataset without the boxes that nothing can be learnt from.
 
-    Boxes without width or height and boxes wholly outside their image are dropped, those partly
-    outside are clipped to it, with one warning of each kind that counts them. Cleaning twice does
-    and says nothing more. Rotated boxes stay as they are.
+    Boxes without width or height and boxes completely outside their image are dropped, boxes partly
+    outside are clipped, each with one warning that counts them. Cleaning a second time changes and
+    reports nothing. Rotated boxes are left alone.
 
     Args:
-        name: the data set. If its ``thing_classes`` are known, they bound the ``category_id``.
-        records: Detectron2's standard data set dicts; they are not changed. Where they have no
+        name: the dataset. If its ``thing_classes`` are known, they limit the ``category_id``.
+        records: Detectron2's standard dataset dicts; they are not changed. If they have no
             ``width`` and ``height``, no box counts as outside.
-        source: the file they come from, for the messages.
+        source: the file they come from, for messages.
 
     Raises:
-        UserError: on boxes that are no four finite numbers and on unknown categories.
+        UserError: on boxes that are not four finite numbers, and on unknown categories.
     """
     records, findings = examine(name, records)
-    tell(name, findings, source)
+    report(name, findings, source)
     return records
 
 
 def examine(name: str, records: List[Dict]) -> Tuple[List[Dict], List[Finding]]:
-    """The records as :func:`clean` returns them, and all that it drops, clips and refuses."""
+    """The records that :func:`clean` returns, and everything that it drops, clips and refuses."""
     owners = [i for i, record in enumerate(records) for _ in record.get("annotations", ())]
     annotations = [a for record in records for a in record.get("annotations", ())]
 
@@ -96,29 +126,26 @@ def examine(name: str, records: List[Dict]) -> Tuple[List[Dict], List[Finding]]:
     modes = np.array([_box_mode(annotation) for annotation in annotations], dtype=int)
     upright = np.flatnonzero(np.isin(modes, (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)))
     boxes, four_numbers = as_boxes([annotations[i].get("bbox") for i in upright])
-    findings = [
-        *_category_findings(name, annotations, label),
-        *found(
-            "refused",
-            "annotation(s) have a bbox_mode that cannot be trained on",
-            np.flatnonzero(modes < 0),
-            label,
-            "set it to BoxMode.XYXY_ABS or BoxMode.XYWH_ABS, in pixels",
-        ),
-        *box_findings(boxes, four_numbers, lambda i: label(upright[i])),
-    ]
+    findings = Findings(_category_findings(name, annotations, label))
+    findings.refuse(
+        "annotation(s) have a bbox_mode that cannot be trained on",
+        np.flatnonzero(modes < 0),
+        label,
+        "set it to BoxMode.XYXY_ABS or BoxMode.XYWH_ABS, in pixels",
+    )
+    findings += box_findings(boxes, four_numbers, lambda i: label(upright[i]))
     is_xywh = modes[upright] == BoxMode.XYWH_ABS
     boxes[is_xywh] = BoxMode.convert(boxes[is_xywh], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
     sizes = np.array([_size(record) for record in records]).reshape(-1, 2)
     sizes = sizes[np.array(owners, dtype=int)[upright]]
-    judged = judge(boxes, sizes)
-    findings += judged.findings(lambda i: label(upright[i]))
+    checked = check_boxes(boxes, sizes)
+    findings += checked.findings(lambda i: label(upright[i]))
 
     # None: dropped.
-    changes: Dict[int, Optional[Dict]] = dict.fromkeys(upright[judged.empty | judged.outside])
+    changes: Dict[int, Optional[Dict]] = dict.fromkeys(upright[checked.empty | checked.outside])
     clipped = np.clip(boxes, 0, np.tile(sizes, 2))
     clipped[is_xywh] = BoxMode.convert(clipped[is_xywh], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-    for i in np.flatnonzero(judged.reaching):
+    for i in np.flatnonzero(checked.partly_outside):
         changes[upright[i]] = {**annotations[upright[i]], "bbox": clipped[i].tolist()}
     return _changed(records, owners, annotations, changes), findings
 
@@ -165,18 +192,19 @@ def _category_findings(
         for index, category in enumerate(categories)
         if not isinstance(category, (int, np.integer)) or not 0 <= category < end
     ]
-    return found(
-        "refused",
-        "annotation(s) have a category_id that is no whole number from 0 to "
+    findings = Findings()
+    findings.refuse(
+        "annotation(s) have a category_id that is not an integer from 0 to "
         + ("the number of classes - 1" if classes is None else f"{end - 1}, the last class"),
         wrong,
         lambda index: f"{label(index)} (category_id {categories[index]!r})",
-        "mend them, or thing_classes of the data set",
+        "fix them, or the dataset's thing_classes",
     )
+    return findings
 
 
 def label_of(record: Dict, annotation: Dict) -> str:
-    """How the user finds an annotation of a record."""
+    """Text by which the user can find an annotation of a record."""
     image = record.get("file_name", f"image {record.get('image_id')}")
     if "id" in annotation:
         return f"annotation {annotation['id']} of {image}"
@@ -184,49 +212,49 @@ def label_of(record: Dict, annotation: Dict) -> str:
     return f"annotation number {number} of {image}"
 
 
-class Judged(NamedTuple):
-    """What is to be done with each of a number of boxes."""
+class CheckedBoxes(NamedTuple):
+    """Which boxes have to be dropped or clipped, bool (N,) each."""
 
     empty: np.ndarray
     outside: np.ndarray
-    reaching: np.ndarray
-    told: np.ndarray
-    """Those of ``reaching`` that reach out by more than rounding."""
+    partly_outside: np.ndarray
+    reported: np.ndarray
+    """The boxes in ``partly_outside`` that extend beyond the image by more than rounding."""
 
     def findings(self, label: Callable[[int], str]) -> List[Finding]:
-        """The findings that drop and clip. ``label`` tells the user which box an index is."""
-        box = "annotation(s) whose box"
-        return [
-            *found("dropped", f"{box} has no width or height", np.flatnonzero(self.empty), label),
-            *found("dropped", f"{box} is outside its image", np.flatnonzero(self.outside), label),
-            *found(
-                "clipped", f"{box} is partly outside its image", np.flatnonzero(self.told), label
-            ),
-        ]
+        """What is dropped and clipped. ``label`` returns the text for a box by its index."""
+        findings = Findings()
+        for outcome, what, boxes in (
+            ("dropped", "has no width or height", self.empty),
+            ("dropped", "is outside its image", self.outside),
+            ("clipped", "is partly outside its image", self.reported),
+        ):
+            findings.add(outcome, f"annotation(s) whose box {what}", np.flatnonzero(boxes), label)
+        return findings
 
 
-def judge(boxes: np.ndarray, sizes: np.ndarray) -> Judged:
-    """Sort out boxes.
+def check_boxes(boxes: np.ndarray, sizes: np.ndarray) -> CheckedBoxes:
+    """Find boxes that have to be dropped or clipped.
 
     Args:
         boxes: (N, 4), x0, y0, x1, y1; rows with NaN are left alone.
-        sizes: (N, 2), width and height of each one's image, NaN where unknown.
+        sizes: (N, 2), width and height of each box's image, NaN if unknown.
     """
     start, end = boxes[:, :2], boxes[:, 2:]
     empty = np.any(end <= start, axis=1)
-    # Comparisons with NaN are false, which is what an unknown size asks for.
+    # Comparisons with NaN are false, so with an unknown size no box is outside.
     known = ~np.isnan(sizes).any(axis=1)
     outside = ~empty & known & ((end <= 0) | (start >= sizes)).any(axis=1)
     excess = np.maximum(-start, end - sizes).max(axis=1, initial=-np.inf)
-    reaching = ~empty & ~outside & (excess > 0)
-    return Judged(empty, outside, reaching, reaching & (excess > ROUNDING))
+    partly_outside = ~empty & ~outside & (excess > 0)
+    return CheckedBoxes(empty, outside, partly_outside, partly_outside & (excess > ROUNDING))
 
 
 def as_boxes(values: Sequence) -> Tuple[np.ndarray, np.ndarray]:
     """Boxes as an array.
 
     Args:
-        values: anything.
+        values: any objects.
 
     Returns:
         Floats (N, 4), NaN where a value is not four finite numbers; and bool (N,), which values
@@ -247,7 +275,7 @@ def as_boxes(values: Sequence) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(value) -> Optional[np.ndarray]:
-    """Four numbers as an array, or None if that is not what ``value`` is."""
+    """``value`` as an array, or None if it is not four numbers."""
     try:
         array = np.asarray(value)
     except ValueError:
@@ -258,31 +286,22 @@ def _numbers(value) -> Optional[np.ndarray]:
 def box_findings(
     boxes: np.ndarray, four_numbers: np.ndarray, label: Callable[[int], str]
 ) -> List[Finding]:
-    """The findings on what :func:`as_boxes` has returned. ``label`` says which box an index is."""
-    return [
-        *found(
-            "refused",
-            "annotation(s) have no valid bbox (4 numbers)",
-            np.flatnonzero(~four_numbers),
-            label,
-            "mend or remove them",
-        ),
-        *found(
-            "refused",
-            "annotation(s) have a bbox with NaN or infinity",
-            np.flatnonzero(four_numbers & np.isnan(boxes).any(axis=1)),
-            label,
-            "mend or remove them",
-        ),
-    ]
+    """What is wrong with the result of :func:`as_boxes`.
 
-
-def found(
-    outcome: str,
-    what: str,
-    where: Sequence[Item] | np.ndarray,
-    label: Callable[[Item], str],
-    advice: str = "",
-) -> List[Finding]:
-    """A list of one finding, or of none if ``where`` is empty. ``label`` names one of ``where``."""
-    return [Finding(outcome, what, [label(item) for item in where], advice)] if len(where) else []
+    Args:
+        label: returns the text for a box by its index.
+    """
+    findings = Findings()
+    findings.refuse(
+        "annotation(s) have no valid bbox (4 numbers)",
+        np.flatnonzero(~four_numbers),
+        label,
+        "fix or remove them",
+    )
+    findings.refuse(
+        "annotation(s) have a bbox with NaN or infinity",
+        np.flatnonzero(four_numbers & np.isnan(boxes).any(axis=1)),
+        label,
+        "fix or remove them",
+    )
+    return findings

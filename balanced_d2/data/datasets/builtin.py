@@ -1,7 +1,7 @@
-"""The project's own data sets, registered as Detectron2 registers its built-in ones.
+"""The project's own datasets, registered as Detectron2 registers its built-in ones.
 
-``$DETECTRON2_DATASETS`` (default: ``./datasets``) is the folder that holds them. A name that the
-user has registered before stays the user's.
+They are expected in ``$DETECTRON2_DATASETS`` (default: ``./datasets``). A name that the user has
+already registered is left alone.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""COCO-format data sets whose mistakes are told to the user."""
+"""COCO-format datasets, with errors that tell the user what is wrong."""
 
 import gc
 import json
@@ -22,22 +22,22 @@ def register_coco(
     prepare: Callable[[], None] = lambda: None,
     **metadata,
 ) -> None:
-    """Register a COCO-format data set, evaluated with COCO's metrics.
+    """Register a COCO-format dataset, evaluated with COCO's metrics.
 
-    Nothing is read before the data set is used.
+    Nothing is read before the dataset is used.
 
     Args:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: the annotations.
-        image_root: the folder that the ``file_name`` of every image starts from.
-        prepare: called before the data set is loaded, for one that is made on first use.
-        **metadata: more metadata of the data set.
+        image_root: the folder that the ``file_name`` of every image is relative to.
+        prepare: called before the dataset is loaded, for one that is generated on first use.
+        **metadata: more metadata of the dataset.
 
     Raises:
-        UserError: if the name is taken.
+        UserError: if the name is already taken.
     """
     if name in DatasetCatalog:
-        raise UserError(f"a data set named {name!r} is registered already; choose another name")
+        raise UserError(f"a dataset named {name!r} is already registered; choose another name")
 
     def load() -> List[Dict]:
         prepare()
@@ -50,23 +50,24 @@ def register_coco(
 
 
 def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
-    """Load a COCO-format data set with Detectron2's loader.
+    """Load a COCO-format dataset with Detectron2's loader.
 
-    Its boxes are cleaned (:func:`balanced_d2.data.checks.records.clean`). The names of keypoints become
-    metadata; those with "left" and "right" in their names are exchanged where an image is flipped.
+    Its boxes are cleaned (:func:`balanced_d2.data.checks.records.clean`). The names of keypoints
+    become metadata; those with "left" and "right" in their names are swapped when an image is
+    flipped.
 
     Returns:
-        Detectron2's standard data set dicts; each annotation keeps its ``id`` of the file.
+        Detectron2's standard dataset dicts; each annotation keeps its ``id`` from the file.
 
     Raises:
         UserError: if the file or the folder is missing, the file is not in COCO's format, or a box
-            is no box.
+            is not valid.
     """
     if not os.path.isfile(json_file):
         raise UserError(f"data set {name!r}: annotation file {json_file} does not exist")
     if not os.path.isdir(image_root):
         raise UserError(f"data set {name!r}: image folder {image_root} does not exist")
-    with annotation_errors_in(name, json_file), garbage_kept(), _mapping_untold():
+    with annotation_errors_in(name, json_file), gc_paused(), _no_mapping_warning():
         records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
         if any("keypoints" in annotation for r in records for annotation in r["annotations"]):
             _set_keypoints(name, json_file)
@@ -74,9 +75,9 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
 
 
 @contextmanager
-def _mapping_untold():
-    """Within it, Detectron2 does not warn that it numbers the categories anew, which it always does
-    and which is nothing to mend."""
+def _no_mapping_warning():
+    """Context manager in which Detectron2 does not warn that it renumbers the categories: it always
+    does, and there is nothing to fix."""
     logger = logging.getLogger(load_coco_json.__module__)
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -90,9 +91,9 @@ def _mapping_untold():
 
 
 def _set_keypoints(name: str, json_file: str) -> None:
-    """Take the names of the keypoints into the metadata, and which ones a flip exchanges.
+    """Add the names of the keypoints to the metadata, and which ones are swapped by a flip.
 
-    Detectron2 needs them to train on keypoints, and does not read them.
+    Detectron2 needs them to train on keypoints, but does not read them.
     """
     with open(json_file, "rb") as file:
         categories = parse_json(file.read())["categories"]
@@ -107,7 +108,7 @@ def _set_keypoints(name: str, json_file: str) -> None:
 
 
 def annotation_errors_in(name: str, source: str) -> ContextManager[None]:
-    """Within it, what Detectron2's loaders stumble over becomes :class:`UserError`."""
+    """Context manager that turns errors of Detectron2's loaders into :class:`UserError`."""
     return raise_user_errors(
         f"data set {name!r}: {source} is not a valid annotation file",
         *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
@@ -116,18 +117,18 @@ def annotation_errors_in(name: str, source: str) -> ContextManager[None]:
 
 
 def parse_json(text: bytes) -> Any:
-    """Parse JSON quickly; like Python's own parser, with NaN and infinity, and its errors."""
+    """Parse JSON quickly, with the NaN, infinity and errors of Python's own parser."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        # Also of NaN, which only Python takes for a number, and which is to be found in its place.
+        # Raised for NaN too, which only Python's parser accepts; later checks report where it is.
         return json.loads(text)
 
 
 @contextmanager
-def garbage_kept():
-    """Read a large file within this: the collector would look through all of it again and again,
-    for nothing, and take half of the time."""
+def gc_paused():
+    """Context manager without garbage collection, for reading large files: the collector would scan
+    everything again and again in vain, and take half of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The ``--register`` argument: a user's own data set without Python."""
+"""The ``--register`` argument: a user's own dataset without Python code."""
 
 import argparse
 
@@ -12,15 +12,15 @@ def add_register_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "ANNOTATIONS.json", "IMAGE_DIR"),
-        help="register a COCO-format data set under a name (repeatable)",
+        help="register a COCO-format dataset under a name (repeatable)",
     )
 
 
 def register_from(args: argparse.Namespace) -> None:
-    """Register what was asked for. Needed in every process: data sets are registered per process.
+    """Register the datasets of ``--register``. Each process has to do this for itself.
 
     Raises:
-        UserError: if a name is taken.
+        UserError: if a name is already taken.
     """
     for name, json_file, image_root in args.register:
         register_coco(name, json_file, image_root)

@@ -1,4 +1,4 @@
-"""A synthetic detection data set: shapes of very different sizes over clutter, from a seed."""
+"""A synthetic detection dataset: shapes of very different sizes over clutter, from a seed."""
 
 import json
 import math
@@ -19,12 +19,12 @@ HUES = (0, 30, 65, 105, 145)
 SPLITS = {"train": 320, "val": 80}
 """Number of images of each split."""
 
-# Raise this when the drawing changes: data sets drawn by an older version are drawn anew.
+# Increase this when the drawing changes: datasets drawn by an older version are drawn again.
 VERSION = 1
 
 
 class ShapesConfig(NamedTuple):
-    """What a data set of shapes looks like."""
+    """The appearance of a dataset of shapes."""
 
     image_size: Tuple[int, int] = (128, 160)
     """Height and width in pixels."""
@@ -33,7 +33,7 @@ class ShapesConfig(NamedTuple):
     shapes_per_image: Tuple[int, int] = (4, 9)
     """Fewest and most shapes in an image."""
     min_visible: float = 0.6
-    """Least share of a shape's pixels that stays visible where shapes overlap."""
+    """Minimum share of a shape's pixels that stays visible where shapes overlap."""
     jpeg_quality: int = 92
     seed: int = 0
 
@@ -42,14 +42,14 @@ DEFAULT = ShapesConfig()
 
 
 def ensure_shapes(folder: str, config: ShapesConfig = DEFAULT) -> None:
-    """Draw the data set into ``folder`` unless it is there: ``SPLIT.json`` and ``SPLIT/*.jpg``.
+    """Draw the dataset into ``folder`` unless it exists: ``SPLIT.json`` and ``SPLIT/*.jpg``.
 
     The folder appears only when it is complete. Processes that call this at the same time wait
-    for one another. An older version of the same data set is replaced; any other folder of that
+    for each other. An older version of the same dataset is replaced; any other folder with that
     name is left alone.
 
     Raises:
-        UserError: if the folder cannot be written or holds something else.
+        UserError: if the folder cannot be written or contains something else.
     """
     target = Path(folder).absolute()
     expected = {"generator": "balanced_shapes", "version": VERSION, **config._asdict()}
@@ -63,7 +63,7 @@ def ensure_shapes(folder: str, config: ShapesConfig = DEFAULT) -> None:
                 return
             if target.exists() and (info or {}).get("generator") != "balanced_shapes":
                 raise UserError(
-                    f"{target} exists but is not the generated data set balanced_shapes; move it "
+                    f"{target} exists but is not the generated dataset balanced_shapes; move it "
                     "away or set DETECTRON2_DATASETS to another folder"
                 )
             partial = target.with_name(target.name + ".partial")
@@ -75,8 +75,8 @@ def ensure_shapes(folder: str, config: ShapesConfig = DEFAULT) -> None:
             partial.rename(target)
     except OSError as error:
         raise UserError(
-            f"cannot write the generated data set to {target} ({error.strerror}); set "
-            "DETECTRON2_DATASETS to a folder that can be written"
+            f"cannot write the generated dataset to {target} ({error.strerror}); set "
+            "DETECTRON2_DATASETS to a folder that is writable"
         ) from error
 
 
@@ -133,7 +133,7 @@ def draw_image(
 
     Returns:
         uint8 image (H, W, 3), BGR; list of (class index, box as x, y, width, height in pixels).
-        The boxes bound the whole shapes, also where another shape covers a part.
+        The boxes enclose the whole shapes, even where another shape covers a part.
     """
     image = _draw_background(rng, config.image_size)
     _draw_clutter(rng, image)
@@ -181,8 +181,8 @@ def _place(
     """The mask of a shape that hides none of the others too much, or None if there is no room.
 
     Args:
-        others: the masks of the shapes that are there.
-        visible: what is still visible of each of them.
+        others: the masks of the existing shapes.
+        visible: the part of each that is still visible.
     """
     height, width = config.image_size
     size = math.exp(rng.uniform(*np.log(config.shape_size)))
