@@ -1,8 +1,8 @@
-# `make demo` and `make test` set up what is missing, into .venv, and nothing when it is there.
+# `make demo` and `make test` first set up the environment in .venv, unless it is up to date.
 
 PYTHON ?= python3
 VENV := .venv
-# More arguments for pip install, such as an index to take PyTorch from: docs/install.md.
+# Further arguments for pip install, such as another index for PyTorch: see docs/install.md.
 PIP_ARGS :=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -31,11 +31,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# For the daily work: what takes less than a few seconds.
+# For daily work: only the tests that take a few seconds at most.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# The fault and property tests at length: about half an hour on two cores.
+# Long runs of the kill and property tests: about half an hour on two cores.
 soak: $(READY)
 	NUM_KILLS=30 HYPOTHESIS_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 \
 		tests/test_reliability.py tests/test_properties.py
@@ -51,7 +51,7 @@ benchmark: $(READY)
 
 setup: $(READY)
 
-# The README's two commands on machines that have nothing.
+# The README's two commands on minimal machines.
 check-fresh:
 	$(PYTHON) tools/check_fresh.py
 

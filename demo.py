@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Detect on images, folders of images, videos or a webcam, and draw what was found.
+"""Run a detector on images, folders of images, videos or a webcam, and draw its detections.
 
-Pictures keep the names of their images. Without --output they are shown in a window.
+Pictures keep the names of their images. Without --output, they are shown in a window.
 """
 
 import argparse
@@ -33,16 +33,16 @@ from tqdm import tqdm
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-WINDOW = "balanced_d2: any key for the next, Esc or q to end"
+WINDOW = "balanced_d2: any key for the next, Esc or q to quit"
 ESCAPE = 27
 
 
 class Source(NamedTuple):
-    """An image or a video, and where its picture goes."""
+    """An image or video, and the path of its picture."""
 
     path: str
     output: Optional[str]
-    """Where the drawn one goes; None: into a window."""
+    """Path of the picture; None: it is shown in a window."""
     is_webcam: bool = False
 
     @property
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     if not 0 <= args.confidence_threshold <= 1:
         raise UserError(f"--confidence-threshold is {args.confidence_threshold}, not in [0, 1]")
     if args.json and not args.output:
-        raise UserError("--json is written beside the pictures: it needs --output")
+        raise UserError("--json writes files beside the pictures, so it needs --output")
     if args.webcam:
         video = args.output and os.path.join(args.output, "webcam.mp4")
         sources = [Source("webcam", video, is_webcam=True)]
@@ -70,19 +70,19 @@ def main(args: argparse.Namespace) -> None:
     set_threshold(cfg, args.confidence_threshold)
     predictor = build_predictor(cfg, "draw")
 
-    num_found, failed = 0, []
+    num_detections, failed = 0, []
     progress = tqdm(sources, desc="detecting", unit="file", disable=disable_bar(sources))
     for source in progress:
         try:
             process = process_video if source.is_video else process_image
-            num_found += process(source, predictor, args.json)
-        except UserError as error:  # the others are still worth their pictures
+            num_detections += process(source, predictor, args.json)
+        except UserError as error:  # the other inputs are still processed
             failed.append(str(error))
         except Quit:
             break
     done = len(sources) - len(failed)
     where = f", drawn in {args.output}" if args.output else ""
-    print(f"{done} of {len(sources)} input(s), {num_found} detection(s){where}")
+    print(f"{done} of {len(sources)} input(s), {num_detections} detection(s){where}")
     if failed:
         raise UserError(first_of(failed, number=10))
 
@@ -92,7 +92,7 @@ class Quit(Exception):
 
 
 def split_options(args: argparse.Namespace) -> None:
-    """Give back the ``KEY VALUE`` pairs that --input has taken for images."""
+    """Move ``KEY VALUE`` pairs that --input has taken for images back to the options."""
     for i, value in enumerate(args.input or ()):
         if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*", value) and not os.path.exists(value):
             args.input, args.opts = args.input[:i], args.input[i:] + args.opts
@@ -100,34 +100,34 @@ def split_options(args: argparse.Namespace) -> None:
 
 
 def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
-    """The images and videos that are asked for, each with the name of its picture.
+    """The images and videos of the input, each with the path of its picture.
 
     Raises:
-        UserError: if one is not there.
+        UserError: if one does not exist.
     """
     paths: List[str] = []
-    # A pattern in quotes is not expanded by the shell.
+    # The shell does not expand a pattern in quotes.
     for path in (p for pattern in inputs for p in sorted(glob.glob(pattern)) or [pattern]):
         if os.path.isdir(path):
-            found = [p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in IMAGES + VIDEOS]
-            if not found:
+            files = [p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in IMAGES + VIDEOS]
+            if not files:
                 raise UserError(f"--input: there is no image or video in the folder {path}")
-            paths += map(str, found)
+            paths += map(str, files)
         elif os.path.isfile(path):
             paths.append(path)
         else:
             raise UserError(f"--input: there is no file or folder {path}")
     if not paths:
-        raise UserError("--input: name at least one image, folder or video")
+        raise UserError("--input: give at least one image, folder or video")
     names: Set[str] = set()
     return [Source(path, output and picture(path, output, names)) for path in dict.fromkeys(paths)]
 
 
 def picture(path: str, output: str, names: Set[str]) -> str:
-    """Where the picture of an image or video goes: its own name, with a number if that is taken.
+    """Path of the picture of an image or video: its own name, with a number if that is taken.
 
     Args:
-        names: those that are taken, without their endings; this one is added.
+        names: the names that are taken, without suffixes; the new one is added.
     """
     name, suffix = Path(path).stem, Path(path).suffix.lower()
     number = 1
@@ -140,14 +140,14 @@ def picture(path: str, output: str, names: Set[str]) -> str:
 
 
 def check_output(sources: List[Source], output: Optional[str]) -> None:
-    """Raise :class:`UserError` where pictures can neither be written nor shown."""
+    """Raise :class:`UserError` if pictures can neither be written nor shown."""
     if not output:
         on_screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
         if not on_screen:
             raise UserError("there is no screen to show pictures on: give --output DIR")
         if re.search(r"GUI: +NONE", cv2.getBuildInformation()):
             raise UserError(
-                "the OpenCV that is installed opens no windows (opencv-python-headless): give "
+                "the installed OpenCV opens no windows (opencv-python-headless): give "
                 "--output DIR, or see docs/install.md"
             )
         return
@@ -162,7 +162,7 @@ def check_output(sources: List[Source], output: Optional[str]) -> None:
 
 
 def disable_bar(sources: List[Source]) -> Optional[bool]:
-    """A video has a bar of its own; None: no bar outside a terminal."""
+    """Whether to disable the bar: for a single input; None: only outside a terminal."""
     return True if len(sources) == 1 else None
 
 
@@ -172,7 +172,7 @@ def set_threshold(cfg: CfgNode, threshold: float) -> None:
 
 
 def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
-    """Detect on an image, draw it; return the number of detections."""
+    """Run the detector on an image and draw it; return the number of detections."""
     image = read_image(source.path)
     detections = predictor(image)["instances"].to("cpu")
     rgb = Visualizer(image[:, :, ::-1], predictor.metadata).draw_instance_predictions(detections)
@@ -185,21 +185,21 @@ def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) 
         file.write(content.tobytes())
     if with_json:
         height, width = image.shape[:2]
-        found = as_records(detections, predictor.metadata.thing_classes)
-        record = {"image": source.path, "height": height, "width": width, "detections": found}
+        records = as_records(detections, predictor.metadata.thing_classes)
+        record = {"image": source.path, "height": height, "width": width, "detections": records}
         write_json(source.json, record)
     return len(detections)
 
 
 def process_video(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
-    """Detect on each frame of a video, or of the webcam; return the number of detections.
+    """Run the detector on each frame of a video or webcam; return the number of detections.
 
-    Ctrl-C ends it, with what has been written up to then.
+    Ctrl-C stops it; the frames written until then are kept.
     """
     visualizer = VideoVisualizer(predictor.metadata)
     writer = None
     frames: List[Dict] = []
-    num_found = 0
+    num_detections = 0
     with ExitStack() as stack:
         video = stack.enter_context(VideoReader(0 if source.is_webcam else source.path))
         progress = tqdm(
@@ -224,16 +224,16 @@ def process_video(source: Source, predictor: DefaultPredictor, with_json: bool) 
                         writer = stack.enter_context(create_video(source.output, video.fps, size))
                     writer.write(picture)
                 if with_json:
-                    found = as_records(detections, predictor.metadata.thing_classes)
-                    frames.append({"frame": number, "detections": found})
-                num_found += len(detections)
+                    records = as_records(detections, predictor.metadata.thing_classes)
+                    frames.append({"frame": number, "detections": records})
+                num_detections += len(detections)
         except KeyboardInterrupt:
-            tqdm.write("interrupted: the frames up to here are kept")
+            tqdm.write("interrupted: the frames until here are kept")
         if source.output and writer is None:
-            raise UserError(f"cannot read the video {source.path}: it has no frame to be decoded")
+            raise UserError(f"cannot read the video {source.path}: no frame can be decoded")
     if with_json:
         write_json(source.json, {"video": source.path, "fps": video.fps, "frames": frames})
-    return num_found
+    return num_detections
 
 
 def show(picture: np.ndarray, wait: int) -> None:
@@ -262,13 +262,15 @@ def parse_args() -> argparse.Namespace:
         "--input", nargs="+", metavar="PATH", help="images, folders of images and videos, videos"
     )
     source.add_argument("--webcam", action="store_true", help="the first webcam")
-    parser.add_argument("--output", metavar="DIR", help="folder for the pictures (made if needed)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for the pictures (created if needed)"
+    )
     parser.add_argument(
         "--confidence-threshold",
         type=float,
         default=0.5,
         metavar="T",
-        help="only detections with a higher score are drawn (default: 0.5)",
+        help="draw only detections with a higher score (default: 0.5)",
     )
     parser.add_argument(
         "--json", action="store_true", help="write the detections as JSON beside each picture"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train and evaluate a detector with balanced learning.
 
-Takes Detectron2's usual arguments, with a config in YAML or a LazyConfig, and --register for data
-sets in COCO format.
+Takes Detectron2's usual arguments, with a YAML config or a LazyConfig, and --register for datasets
+in COCO format.
 """
 
 import sys

@@ -403,6 +403,6 @@ def test_program(tmp_path):
     assert result.stdout.splitlines() == [
         "recognised: Libra RetinaNet, R-50, 2 classes",
         f"written: {tmp_path}/out.pth (309 tensors, {size / 1e6:.1f} MB)",
-        f"to use with: --config-file {CONFIGS}/{MODELS[RETINANET]} MODEL.WEIGHTS "
+        f"use it with: --config-file {CONFIGS}/{MODELS[RETINANET]} MODEL.WEIGHTS "
         f"{tmp_path}/out.pth MODEL.RETINANET.NUM_CLASSES 2",
     ]

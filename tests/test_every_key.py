@@ -1,4 +1,4 @@
-"""Training and evaluation read every key of Detectron2's config and of ours."""
+"""Every key of Detectron2's config and of ours is read during training or evaluation."""
 
 import argparse
 import sys

@@ -128,7 +128,7 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
     text = text_of(process, log, timeout=120)
     assert process.returncode == 128 + number, text
     assert "Traceback" not in text
-    assert f"stopped by {number.name} after iteration" in text and "--resume goes on" in text
+    assert f"stopped by {number.name} after iteration" in text and "--resume continues" in text
     iteration = int(text.rsplit("after iteration ", 1)[1].split(":")[0])
     saved = torch.load(output / f"model_{iteration:07d}.pth", weights_only=True)
     assert (
@@ -212,9 +212,7 @@ def test_a_write_that_fails_leaves_what_was_there(checkpointer, tmp_path, monkey
 def test_weights_that_are_not_finite_are_not_saved(checkpointer, tmp_path):
     checkpointer.save("good", iteration=1)
     checkpointer.model.weight.data[0, 0] = float("nan")
-    with pytest.raises(
-        StopTraining, match="bad was not saved: 1 of the model's tensors .*first is weight"
-    ):
+    with pytest.raises(StopTraining, match="bad was not saved: 1 of .* first is weight"):
         checkpointer.save("bad", iteration=2)
     assert not (tmp_path / "bad.pth").exists()
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "good.pth")
@@ -224,6 +222,7 @@ def test_which_checkpoint_is_resumed(checkpointer, tmp_path, caplog):
     for iteration, name in ((7, "model_final"), (2, "model_0000002"), (5, "model_0000005")):
         checkpointer.save(name, iteration=iteration)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pretrained.pth")
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "balanced_d2"):
         assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000005.pth")
         assert not caplog.records

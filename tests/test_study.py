@@ -152,7 +152,7 @@ def test_tables_and_picture(table, tmp_path):
     result = run_program(f"{FOLDER}/table.py", results, "--to", "all")
     assert "| plain | -2.0 ± 0.0 (p = 0.000) | " in result.stdout, result.stderr
     result = run_program(f"{FOLDER}/table.py", results, "--data", "shapes_3")
-    assert result.returncode == 2 and "no line of the row 'plain'" in result.stderr
+    assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
     result = run_program(f"{FOLDER}/table.py", results, "--to", "best")
     assert result.returncode == 2 and "unknown row 'best'" in result.stderr
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Run the README's two commands on machines that have nothing: what ``make check-fresh`` does.
+"""Run the README's two commands on minimal machines: this is ``make check-fresh``.
 
 Each machine is a minimal Debian that debootstrap builds in a temporary folder, with Python, make,
-git and certificates, and nothing of a desktop. In it the commit that is checked out here is cloned
-into a folder with a space in its name, by an ordinary user and by root. That takes about 20 minutes
-for each machine and user, 12 GB of disk, and root; it is skipped, with the reason, where it cannot
-run.
+git and certificates, but without a desktop. The commit that is checked out here is cloned into a
+folder with a space in its name, both by an ordinary user and by root. This takes about 20 minutes
+for each machine and user, and 12 GB of disk. It needs root and debootstrap, and is skipped, with
+the reason, without them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "python3,python3-venv,make,git,ca-certificates"
-# How this machine gets to the network, for one that goes another way than the usual one.
+# Network settings of this machine, in case they are not the usual ones.
 NETWORK_FILES = ["etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt"]
 NETWORK_VARIABLES = ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"]
 NETWORK_VARIABLES += ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy"]
@@ -84,7 +84,7 @@ def build(machine: Path, suite: str, mirror: str) -> Path:
 
 
 def check(machine: Path, user: str, targets: list[str]) -> bool:
-    """Run the commands as one user; whether all of them passed."""
+    """Run the commands as one user; return whether all of them passed."""
     home = Path("root" if user == "root" else "home/user")
     clone = machine / home / "my projects" / "balanced_d2"
     say(f"{machine.name} as {user}")
@@ -113,7 +113,7 @@ def check(machine: Path, user: str, targets: list[str]) -> bool:
 
 
 def run_in(machine: Path, user: str, command: str, capture: bool = False):
-    """Run a shell command in the machine, in namespaces that take its mounts and processes along.
+    """Run a shell command in the machine, in namespaces that end its mounts and processes with it.
 
     Returns:
         Its exit code or, with ``capture``, its output.

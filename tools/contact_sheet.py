@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw detections beside the ground truth of a data set, as one PNG."""
+"""Draw detections beside the ground truth of a dataset, as one PNG."""
 
 import argparse
 import os
@@ -28,11 +28,14 @@ def main(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_predictions_argument(parser)
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered data set")
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered dataset")
     parser.add_argument("--output", required=True, metavar="FILE.png")
     parser.add_argument("--num-images", type=int, default=12, metavar="N")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of a detection to be drawn"
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="minimum score of a detection to be drawn",
     )
     add_register_argument(parser)
     return parser.parse_args()

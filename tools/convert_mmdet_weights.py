@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Turn a Libra R-CNN checkpoint of MMDetection into one for configs/MMDetection/libra_*.yaml.
+"""Convert a Libra R-CNN checkpoint of MMDetection for configs/MMDetection/libra_*.yaml.
 
-Nothing that is pickled in the checkpoint is run, and MMDetection is not needed.
+No pickled code in the checkpoint is run, and MMDetection is not needed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     size = os.path.getsize(args.output) / 1e6
     print(f"written: {args.output} ({len(converted)} tensors, {size:.1f} MB)")
     options = " ".join(["MODEL.WEIGHTS", args.output, *recognised.options])
-    print(f"to use with: --config-file {config} {options}")
+    print(f"use it with: --config-file {config} {options}")
 
 
 def write(state: mmdet.State, path: str) -> None:
@@ -54,7 +54,7 @@ def write(state: mmdet.State, path: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT.pth", help="of MMDetection")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT.pth", help="MMDetection's checkpoint")
     parser.add_argument("output", metavar="OUTPUT.pth")
     return parser.parse_args()
 

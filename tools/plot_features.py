@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw a trained model's feature pyramid for one image, before and after balancing.
 
-Prints the energy of each level: the mean over its positions of the squared norm of the features.
+Prints the energy of each level: the squared norm of the features, averaged over the positions.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
     picture = place_picture(args.output, cfg.OUTPUT_DIR, "features.png")
     image = read_image(args.input)
-    levels = balance_levels(build_predictor(cfg, "look at"), image)
+    levels = balance_levels(build_predictor(cfg, "visualize"), image)
 
     print(f"{'level':<6}{'size':>10}{'before':>12}{'after':>12}{'added':>12}{'after / before':>16}")
     for level in levels:

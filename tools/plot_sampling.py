@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Plot the IoU of the negatives that are sampled from a trained model's proposals.
 
-Random and IoU-balanced sampling choose from the same proposals, of the images of DATASETS.TRAIN.
-Writes a picture, and the counts as CSV beside it.
+Random and IoU-balanced sampling choose from the same proposals on the images of DATASETS.TRAIN.
+Writes a picture and, beside it, the counts as CSV.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from balanced_d2.visualization.sampling_plot import draw_sampling, write_histogr
 
 def main(args: argparse.Namespace) -> None:
     if args.iterations < 1:
-        raise UserError(f"--iterations is {args.iterations}; at least 1 is needed")
+        raise UserError(f"--iterations is {args.iterations}, but has to be at least 1")
     cfg = config_from(args)
     check_samples_proposals(cfg)
     picture = place_picture(args.output, cfg.OUTPUT_DIR, "sampling.png")
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=50,
         metavar="N",
-        help="how many batches of SOLVER.IMS_PER_BATCH images (default: 50)",
+        help="number of batches of SOLVER.IMS_PER_BATCH images (default: 50)",
     )
     parser.add_argument(
         "--output", metavar="FILE.png|DIR", help="default: sampling.png in the config's OUTPUT_DIR"

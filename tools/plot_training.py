@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Plot the course of one or several trainings, from their metrics.json.
+"""Plot curves of one or several training runs from their metrics.json.
 
-Loss terms, learning rate, AP and how many negatives were sampled from each bin of IoU.
+Shows loss terms, learning rate, AP, and how many negatives were sampled from each bin of IoU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of a training")
+    parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of a training run")
     parser.add_argument(
         "--output", metavar="FILE.png|DIR", help="default: training.png in the first folder"
     )

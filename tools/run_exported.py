@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Run a detector that export_model.py has written, on images.
+"""Run a detector written by export_model.py on images.
 
-Needs no Detectron2 and nothing of this project but this file: torch and torchvision for a
+Needs neither Detectron2 nor any other file of this project, only torch and torchvision for a
 TorchScript file, onnxruntime for an ONNX file, NumPy and Pillow for both, and OpenCV for a model
-that predicts masks. For each image, one line of JSON goes to standard output:
+that predicts masks. For each image, one line of JSON is printed to standard output:
 
     {"image": FILE, "height": H, "width": W, "seconds": LATENCY, "detections":
         [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
 
-with boxes in pixels of the image, best score first. Where the model predicts them, a detection has
-"segmentation", the outlines [x1, y1, x2, y2, ...] of its mask, and "keypoints", [x, y, score] each.
-An image that cannot be read is reported, the others are done all the same. An IMAGE.npy holds an
-array (3, height, width) that is given to the model as it is.
+with boxes in pixels of the image, best score first. If the model predicts them, a detection also
+has "segmentation", the outlines [x1, y1, x2, y2, ...] of its mask, and "keypoints", [x, y, score]
+each. An image that cannot be read is reported, and the others are still processed. An IMAGE.npy
+contains an array (3, height, width) that is passed to the model unchanged.
 """
 
 import argparse
@@ -29,23 +29,23 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 METADATA = "balanced_d2.json"
-# Of files written before they named their outputs.
+# For older files, which do not name their outputs.
 OUTPUTS = ["boxes", "classes", "scores", "image_size"]
-PACKAGES = {"cv2": "opencv-python-headless"}  # where the package is not named like the module
-# How much of a mask's colour is seen, of 255, and from which probability on a pixel is in the mask.
+PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than their module
+# Opacity of masks, at most 255, and the probability from which a pixel belongs to the mask.
 MASK_ALPHA = 110
 MASK_THRESHOLD = 0.5
 
 
 class UserError(Exception):
-    """Something that is the user's to mend, shown as one line."""
+    """A mistake that the user can fix, shown as one line."""
 
 
 class ExportedDetector:
     """A detector in a TorchScript or ONNX file.
 
     Attributes:
-        metadata: what the file says of itself: class_names, input_format, min_size, max_size.
+        metadata: from the file: class_names, input_format, min_size, max_size.
     """
 
     def __init__(self, path: str, device: str = "cpu"):
@@ -58,13 +58,13 @@ class ExportedDetector:
                 raise UserError(f"{path} was not written by export_model.py: it has no {METADATA}")
             self.metadata = json.loads(metadata)
             if "masks" in self.outputs:
-                import cv2  # noqa: F401  # missing, it is told now
+                import cv2  # noqa: F401  # if missing, report it now
         except UserError:
             raise
         except ImportError as error:
             package = PACKAGES.get(error.name, error.name)
             raise UserError(f"{path} needs the package {package}: pip install {package}") from None
-        except Exception as error:  # whatever a loader stumbles over in a file that is none
+        except Exception as error:  # loading any other file can fail in any way
             raise UserError(
                 f"{path} is not a model that can be loaded: {one_line(error)}"
             ) from None
@@ -75,14 +75,18 @@ class ExportedDetector:
         return self.metadata.get("outputs", OUTPUTS)
 
     def __call__(self, array: np.ndarray) -> dict:
-        """Array (3, height, width) to boxes (N, 4), classes (N,), scores (N,), image_size (2,) and,
-        if the model predicts them, masks (N, M, M) of probabilities in the box and keypoints
-        (N, K, 3): x, y, score."""
+        """Run the model on an array (3, height, width).
+
+        Returns:
+            Boxes (N, 4), classes (N,), scores (N,), image_size (2,) and, if the model predicts
+            them, masks (N, M, M) of probabilities within the box and keypoints (N, K, 3): x, y,
+            score.
+        """
         values = self._run(np.ascontiguousarray(array, dtype=np.float32))
         return dict(zip(self.outputs, values))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """An RGB image as the array that the network takes, scaled as in training."""
+        """The network's input for an RGB image, scaled as in training."""
         size = self.network_size(*image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BILINEAR)
@@ -130,7 +134,7 @@ def load_onnx(path: str, device: str):
 
 
 def main(args: argparse.Namespace) -> int:
-    warnings.simplefilter("ignore")  # PyTorch's, of what the model was written with
+    warnings.simplefilter("ignore")  # PyTorch's, about how the model was written
     if args.arrays and len(args.images) > 1:
         raise UserError("--arrays is for a single image")
     detector = ExportedDetector(args.model, args.device)
@@ -147,13 +151,13 @@ def main(args: argparse.Namespace) -> int:
                 record = {"image": path, **size, "seconds": seconds, "detections": detections}
                 output.write(record, image)
             except UserError as error:
-                tell(error)
+                report(error)
                 failed += 1
     return 2 if failed else 0
 
 
 def with_bar(paths: list):
-    """The paths, with a bar if tqdm is installed and no terminal gets the results."""
+    """The paths, with a progress bar if tqdm is installed and no results go to a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -163,7 +167,7 @@ def with_bar(paths: list):
 
 
 def read(path: str, detector: ExportedDetector):
-    """The image (None for an array) and what the network takes."""
+    """The image (None for an array) and the network's input."""
     try:
         if path.endswith(".npy"):
             array = np.load(path)
@@ -178,7 +182,7 @@ def read(path: str, detector: ExportedDetector):
 
 
 def run(detector, array: np.ndarray, repeat: int):
-    """The outputs for an array, and the median of the seconds that it took."""
+    """The outputs for an array, and the median time in seconds."""
     if repeat:
         for _ in range(3):  # TorchScript optimises itself in its first runs
             detector(array)
@@ -199,7 +203,7 @@ def save_arrays(path: str, outputs: dict) -> None:
 
 
 def in_pixels_of(image, array: np.ndarray, outputs: dict):
-    """The outputs in pixels of the image, or of the array if that is None, and its size."""
+    """The outputs in pixels of the image, or of the array if there is no image, and its size."""
     outputs = {name: value for name, value in outputs.items() if name != "image_size"}
     height, width = array.shape[1:]
     if image is not None:
@@ -209,7 +213,7 @@ def in_pixels_of(image, array: np.ndarray, outputs: dict):
 
 
 def to_size(outputs: dict, network_size: tuple, size: tuple) -> dict:
-    """The outputs with boxes and keypoints scaled, without those whose box is empty."""
+    """The outputs with scaled boxes and keypoints, without detections whose box is empty."""
     scale = np.divide(size, network_size)
     boxes = (outputs["boxes"] * np.tile(scale, 2)).astype(np.float32).clip(0, np.tile(size, 2))
     scaled = {**outputs, "boxes": boxes}
@@ -220,7 +224,7 @@ def to_size(outputs: dict, network_size: tuple, size: tuple) -> dict:
 
 
 def describe(outputs: dict, class_names: list, threshold: float) -> list:
-    """Each detection that reaches the threshold, for JSON."""
+    """The detections that reach the threshold, for JSON."""
     detections = []
     for i in np.flatnonzero(outputs["scores"] >= threshold):
         box, label = outputs["boxes"][i], int(outputs["classes"][i])
@@ -239,12 +243,12 @@ def describe(outputs: dict, class_names: list, threshold: float) -> list:
 
 
 def paste(mask: np.ndarray, box: np.ndarray):
-    """A mask of probabilities (M, M) in a box as a bool array, and the pixel where that begins."""
+    """A mask of probabilities (M, M) in a box as a bool array, and the pixel where it starts."""
     import cv2
 
     start, end = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
     scale = np.divide(mask.shape[::-1], box[2:] - box[:2])
-    # From the centre of a pixel of the image to the point of the mask, whose first centre is at 0.
+    # From the centre of an image pixel to a point of the mask, whose first pixel centre is at 0.
     offset = (start + 0.5 - box[:2]) * scale - 0.5
     matrix = np.column_stack([np.diag(scale), offset])
     pasted = cv2.warpAffine(
@@ -263,13 +267,13 @@ def outlines(mask: np.ndarray, box: np.ndarray) -> list:
     pasted, start = paste(mask, box)
     pasted = pasted.astype(np.uint8)
     contours, _ = cv2.findContours(pasted, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    # They go through the centres of pixels. Fewer than three points are no polygon.
+    # They go through pixel centres. Fewer than three points are not a polygon.
     points = (contour.reshape(-1, 2) + start + 0.5 for contour in contours if len(contour) > 2)
     return [polygon.ravel().tolist() for polygon in points]
 
 
 class Output:
-    """Where the results go: standard output, and a folder if one is given."""
+    """Writes the results to standard output, and to a folder if one is given."""
 
     def __init__(self, folder: str):
         self.folder = folder and Path(folder)
@@ -304,7 +308,7 @@ class Output:
             raise UserError(f"cannot write {file}: {error.strerror}") from None
 
     def picture_name(self, path: str) -> Path:
-        """A name that no other image of this run has, and that is not the image itself."""
+        """A path that differs from those of the run's other images and from the image itself."""
         stem, number = Path(path).stem, 1
         while True:
             file = self.folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")
@@ -316,7 +320,7 @@ class Output:
 
 
 def draw(image: Image.Image, detections: list) -> Image.Image:
-    """The image with mask, box, label and keypoints of each detection, the best ones on top."""
+    """The image with mask, box, label and keypoints of each detection, best ones on top."""
     image = draw_masks(image, detections)
     canvas = ImageDraw.Draw(image)
     line = max(1, round(min(image.size) / 300))
@@ -359,7 +363,7 @@ def one_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def tell(error: UserError) -> None:
+def report(error: UserError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
@@ -375,14 +379,14 @@ def parse_args() -> argparse.Namespace:
         help="also write DIR/detections.jsonl and a picture of each image",
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.5, metavar="T", help="least score (default: 0.5)"
+        "--threshold", type=float, default=0.5, metavar="T", help="minimum score (default: 0.5)"
     )
     parser.add_argument(
         "--repeat",
         type=int,
         default=0,
         metavar="N",
-        help="measure: after a warm-up, run each image N times; `seconds` is the median",
+        help="for measurements: run each image N times after a warm-up; `seconds` is the median",
     )
     parser.add_argument(
         "--arrays", metavar="FILE.npz", help="also save the model's outputs for a single image"
@@ -395,7 +399,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
     except UserError as error:
-        tell(error)
+        report(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""What happens before training or evaluation starts: arguments, config, log, device."""
+"""Everything before training or evaluation starts: arguments, config, log, device."""
 
 import argparse
 from pathlib import Path
@@ -28,7 +28,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-data-check",
         action="store_true",
-        help="do not look for mistakes in the annotations, nor compare classes with the model",
+        help="do not check the annotations or compare the classes with the model's",
     )
     add_register_argument(parser)
     return parser
@@ -44,34 +44,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> CfgNode:
-    """Register the user's data sets and load the config, for programs that do not train.
+    """Register the user's datasets and load the config, for programs that do not train.
 
     Args:
         args: parsed with :func:`add_model_arguments`.
 
     Raises:
-        UserError: on anything in them that is the user's to mend.
+        UserError: on anything in them that the user can fix.
     """
     if is_lazy(args.config_file):
         raise UserError(
             f"config file {args.config_file}: a LazyConfig can be trained and evaluated, but this "
-            "program takes YAML configs"
+            "program needs a YAML config"
         )
     register_from(args)
     return load_config(args.config_file, args.opts)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Register the user's data sets, load the config, start the log and check config and data.
+    """Register the user's datasets, load the config, start the log and check config and data.
 
-    To be called in every process: data sets are registered per process. The data are checked in
-    one, for all.
+    Call this in every process, because datasets are registered per process. The data are checked
+    in one process for all.
 
     Args:
         args: parsed by :func:`argument_parser`.
 
     Returns:
-        The config, frozen. Of a LazyConfig it holds what the trainer reads, and the LazyConfig.
+        The config, frozen; for a LazyConfig, a :class:`LazyCfgNode`.
 
     Raises:
         UserError: on anything in the arguments, the config or the data that the user can fix.
@@ -87,7 +87,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not resuming:
         check_weights(cfg)
     try:
-        # As default_setup does, which gets the same loggers.
+        # The same loggers that default_setup will get.
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_d2")
     except OSError as error:
@@ -101,10 +101,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_datasets, cfg, train=not args.eval_only, annotations=not args.skip_data_check
     )
     check_packages(cfg.DATASETS.TEST)
-    default_setup(as_read(cfg), args)  # last, since it replaces the config.yaml that is there
+    default_setup(as_read(cfg), args)  # last, because it replaces an existing config.yaml
     return cfg
 
 
 def trainer_for(cfg: CfgNode) -> Type[BalancedTrainer]:
-    """The class of the trainer for a config that :func:`setup` has returned."""
+    """The trainer class for a config that :func:`setup` has returned."""
     return LazyTrainer if isinstance(cfg, LazyCfgNode) else BalancedTrainer

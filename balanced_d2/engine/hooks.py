@@ -1,4 +1,4 @@
-"""What happens around each iteration, besides Detectron2's own hooks."""
+"""Hooks around each iteration, in addition to Detectron2's own."""
 
 import signal
 
@@ -8,17 +8,17 @@ from detectron2.utils import comm
 from balanced_d2.utils.errors import StopTraining
 from balanced_d2.utils.randomness import seed_all
 
-# How iterations come by their random numbers; another purpose of the same seed has another number.
+# Identifies the random numbers of iterations; each use of a seed has its own number.
 ITERATION_SEEDS = 2
 
 
 class SeedIterations(HookBase):
     """Seeds all generators before each iteration, by the iteration and the rank of the process.
 
-    So there is no state of a generator to be restored when a training is resumed.
+    Resumed training therefore has no generator state to restore.
 
     Args:
-        loader: whose ``seed`` is taken, when the first iteration begins.
+        loader: its ``seed`` is used, as it is when the first iteration begins.
     """
 
     def __init__(self, loader):
@@ -29,7 +29,7 @@ class SeedIterations(HookBase):
 
 
 class ResumablePreciseBN(hooks.PreciseBN):
-    """Detectron2's, whose place in the data is part of the checkpoint.
+    """Detectron2's hook, with its position in the data saved in the checkpoint.
 
     Args: as for Detectron2's ``PreciseBN``; the loader is a :class:`TrainLoader`.
     """
@@ -42,9 +42,9 @@ class ResumablePreciseBN(hooks.PreciseBN):
 
 
 class StopOnSignal(HookBase):
-    """On SIGTERM or Ctrl-C, ends the iteration, saves a checkpoint and stops the training.
+    """On SIGTERM or Ctrl-C, finishes the iteration, saves a checkpoint and stops training.
 
-    A second signal ends the program as it would have without this.
+    A second signal ends the program as it would without this hook.
 
     Args:
         checkpointer: saves the checkpoint.
@@ -55,17 +55,19 @@ class StopOnSignal(HookBase):
     def __init__(self, checkpointer):
         self.checkpointer = checkpointer
         self.received = 0
-        self.former = {}
+        self.previous_handlers = {}
 
     def before_train(self):
-        self.former = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self.previous_handlers = {
+            number: signal.signal(number, self._receive) for number in self.SIGNALS
+        }
 
     def _receive(self, number, frame):
         self.received = number
         self._restore()
 
     def after_step(self):
-        # One process may have got the signal when another had not yet: they agree on it.
+        # The signal may not have reached all processes yet, so they have to agree.
         received = max(comm.all_gather(self.received))
         if not received:
             return
@@ -74,7 +76,7 @@ class StopOnSignal(HookBase):
         self.checkpointer.save(name, iteration=iteration)
         raise StopTraining(
             f"stopped by {signal.Signals(received).name} after iteration {iteration}: saved as "
-            f"{name}.pth in {self.checkpointer.save_dir}; --resume goes on from there",
+            f"{name}.pth in {self.checkpointer.save_dir}; --resume continues from there",
             exit_code=128 + received,
         )
 
@@ -82,5 +84,5 @@ class StopOnSignal(HookBase):
         self._restore()
 
     def _restore(self):
-        for number, handler in self.former.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Run a program's main function, in one process or several."""
+"""Run a program's main function in one or several processes."""
 
 import argparse
 import os
@@ -18,11 +18,11 @@ Main = Callable[[argparse.Namespace], object]
 
 
 def run(main: Main, args: argparse.Namespace) -> int:
-    """Run ``main(args)`` and tell its user errors.
+    """Run ``main(args)`` and report its user errors.
 
-    Under ``torchrun`` it runs in each of the processes that were started, on GPUs if there are any
-    and on CPUs otherwise; when ``torchrun`` starts them anew after a failure, with ``args.resume``
-    set. Otherwise Detectron2's launcher starts ``args.num_gpus`` processes.
+    Under ``torchrun``, it runs in each process that was started, on GPUs if there are any and on
+    CPUs otherwise; if ``torchrun`` restarts them after a failure, ``args.resume`` is set. Without
+    ``torchrun``, Detectron2's launcher starts ``args.num_gpus`` processes.
 
     Args:
         main: called in each process.
@@ -37,7 +37,7 @@ def run(main: Main, args: argparse.Namespace) -> int:
 
 
 def in_main_process(function: Callable, *args, **kwargs) -> None:
-    """Call a function in one process. The :class:`UserError` that it ends in is raised in all."""
+    """Call a function in one process. If it raises :class:`UserError`, all processes raise it."""
     failure = None
     if comm.is_main_process():
         try:
@@ -62,7 +62,7 @@ def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
     store, rank, num_processes = next(distributed.rendezvous("env://"))
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        # The store outlives a restart, with the addresses of processes that are no more.
+        # The store survives a restart, with the addresses of processes that no longer exist.
         store=distributed.PrefixStore(f"start {num_restarts}", store),
         rank=rank,
         world_size=num_processes,
@@ -79,7 +79,7 @@ def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
 def _launch(main: Main, args: argparse.Namespace) -> None:
     if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
         raise UserError(
-            "--num-gpus and --num-machines need CUDA, which this machine has not; on CPUs run: "
+            "--num-gpus and --num-machines need CUDA, which is not available; on CPUs, run: "
             f"torchrun --local-addr 127.0.0.1 --nproc-per-node {args.num_gpus} {sys.argv[0]} ..."
         )
     try:
@@ -92,11 +92,11 @@ def _launch(main: Main, args: argparse.Namespace) -> None:
             args=(main, args),
         )
     except ProcessExitedException as error:
-        sys.exit(error.exit_code)  # the worker has told why
+        sys.exit(error.exit_code)  # the worker has already reported the error
 
 
 def _main_worker(main: Main, args: argparse.Namespace) -> None:
-    """What each process runs: it tells its own errors, since only its exit code leaves it."""
+    """Run ``main`` in each process and report its errors there: only exit codes are passed on."""
     exit_code = report_user_errors(main, args)
     if exit_code:
         sys.exit(exit_code)

@@ -11,8 +11,8 @@ from balanced_d2.utils.progress import WithBar
 
 
 class LazyTrainer(BalancedTrainer):
-    """A trainer whose model, optimizer, schedule, data loaders and evaluator are those of a
-    LazyConfig, with what its ``train`` says of the rest.
+    """A trainer that builds model, optimizer, schedule, data loaders and evaluator from a
+    LazyConfig and takes everything else from its ``train``.
 
     Args:
         cfg: a :class:`balanced_d2.config.lazy.LazyCfgNode`.
@@ -63,7 +63,7 @@ class LazyTrainer(BalancedTrainer):
 
 
 def _with_test_set(cfg, dataset_name):
-    """The whole LazyConfig with one test set, to which others of its parts may refer."""
+    """A copy of the whole LazyConfig, whose parts may refer to each other, with one test set."""
     lazy = copy.deepcopy(cfg.lazy)
     lazy.dataloader.test.dataset.names = dataset_name
     return lazy

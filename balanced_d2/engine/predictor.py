@@ -1,4 +1,4 @@
-"""Trained models, ready to detect."""
+"""Trained models, ready for inference."""
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
@@ -10,22 +10,22 @@ from balanced_d2.engine.speed import speed_up, use_available_device
 
 
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
-    """Detectron2's predictor, with the weights of ``MODEL.WEIGHTS`` in all of its model.
+    """Detectron2's predictor, with all weights of its model loaded from ``MODEL.WEIGHTS``.
 
     Its ``metadata`` has the names of the classes.
 
     Args:
-        cfg: set to the CPU where there is no CUDA.
-        purpose: what it is needed for, such as "draw", for the message if there are no weights.
+        cfg: set to the CPU if there is no CUDA.
+        purpose: what the weights are needed for, such as "draw", for the message if there are none.
 
     Raises:
-        UserError: if there are no weights, or they are not those of the model.
+        UserError: if there are no weights, or they do not fit the model.
     """
     check_weights(cfg, purpose)
     use_available_device(cfg)
     metadata = model_metadata(cfg)
     untrained = cfg.clone()
-    untrained.MODEL.WEIGHTS = ""  # Detectron2 would leave what a checkpoint lacks at random
+    untrained.MODEL.WEIGHTS = ""  # Detectron2 would leave missing weights random
     for backbone in (untrained.MODEL.TIMM, untrained.MODEL.TORCHVISION):
         backbone.PRETRAINED, backbone.WEIGHTS = False, ""
     predictor = DefaultPredictor(untrained)

@@ -1,4 +1,4 @@
-"""Detectron2's default trainer, which evaluates, resumes exactly and says what went wrong."""
+"""Detectron2's default trainer, with evaluation, exact resume and clear errors."""
 
 import contextlib
 import logging
@@ -30,16 +30,16 @@ from balanced_d2.visualization.validation_images import ValidationImages
 
 
 class BalancedTrainer(DefaultTrainer):
-    """Trains and evaluates as ``DefaultTrainer``; a training that is resumed ends with the weights
-    that it would have had without the interruption, on the CPU bit by bit.
+    """Trains and evaluates like ``DefaultTrainer``; resumed training ends with the same weights as
+    uninterrupted training, on the CPU bitwise equal.
 
     The batches and all random numbers follow from the seed and the iteration, see
-    :class:`TrainLoader` and :class:`SeedIterations`. Detectron2 0.6 writes no optimizer state into
-    its checkpoints, main does; this trainer does on both, in main's format, so that either resumes
-    what the other has saved.
+    :class:`TrainLoader` and :class:`SeedIterations`. Detectron2 0.6 does not save the optimizer's
+    state in its checkpoints, main does; this trainer does with both versions, in main's format, so
+    that each can resume from the other's checkpoints.
 
     Raises:
-        UserError: if the output folder cannot take a checkpoint.
+        UserError: if the output folder is not writable or has no room for a checkpoint.
     """
 
     def __init__(self, cfg):
@@ -56,11 +56,11 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def ddp_arguments(cls, cfg) -> Dict[str, Any]:
-        """What ``DistributedDataParallel`` is given besides Detectron2's arguments."""
+        """Arguments for ``DistributedDataParallel`` in addition to Detectron2's."""
         return {"device_ids": None} if cfg.MODEL.DEVICE.startswith("cpu") else {}
 
     def build_hooks(self):
-        # In the place of the one that DefaultTrainer has just made.
+        # Replaces the one that DefaultTrainer has just created.
         self.checkpointer = BalancedCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
@@ -79,7 +79,7 @@ class BalancedTrainer(DefaultTrainer):
         if self.cfg.TEST.AUG.ENABLED:  # once, at the end
             augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
             built.insert(evaluation + 1, augmented)
-        # After the schedule and the periodic checkpoint, before the evaluation, which takes long.
+        # After the schedule and the periodic checkpoint, before the evaluation, which is slow.
         built.insert(evaluation, StopOnSignal(self.checkpointer))
         if isinstance(self._trainer.data_loader, TrainLoader):
             built.insert(0, SeedIterations(self._trainer.data_loader))
@@ -113,7 +113,7 @@ class BalancedTrainer(DefaultTrainer):
         """Evaluate with Detectron2's test-time augmentation (``TEST.AUG``).
 
         Returns:
-            What ``test`` returns, each name with ``_TTA`` at its end.
+            The results of ``test``, with ``_TTA`` appended to each name.
         """
         logging.getLogger(__name__).info("evaluating with test-time augmentation")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
@@ -123,21 +123,23 @@ class BalancedTrainer(DefaultTrainer):
 
     def build_writers(self):
         if self.cfg.WANDB.ENABLED:
-            start_wandb(self.cfg)  # before TensorBoard's writer is made, whose events it copies
+            start_wandb(
+                self.cfg
+            )  # before TensorBoard's writer is created, because it copies its events
         return super().build_writers()
 
     def resume_or_load(self, resume=True):
         """
         Raises:
-            UserError: if there are checkpoints to resume from, but none can be read, or if a
-                training begins with balances that its model does not know.
+            UserError: if there are checkpoints to resume from but none can be read, or if training
+                starts with balances that its model does not support.
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter == 0:
             check_balanced(self.cfg, self.model)
         if not resume or self.start_iter != self.max_iter:
             return
-        # It was stopped after its last iteration, so that no other will save the final weights.
+        # Training was stopped after its last iteration, before the final weights were saved.
         newest = os.path.basename(self.checkpointer.get_checkpoint_file())
         if newest and newest != "model_final.pth":
             self.checkpointer.save("model_final", iteration=self.iter)
@@ -150,8 +152,8 @@ class BalancedTrainer(DefaultTrainer):
         failed = sys.exc_info()[0] is not None
         if not failed:
             return super().after_train()
-        # Detectron2 evaluates after the last iteration, also if it failed. Nothing that goes wrong
-        # from here on, such as writing to a full disk, is to take the place of the first error.
+        # Detectron2 evaluates after the last iteration even if it failed. A later failure, such as
+        # writing to a full disk, must not hide the first error.
         for hook in list(self._hooks):
             if isinstance(hook, hooks.EvalHook):
                 self._hooks.remove(hook)
@@ -163,7 +165,7 @@ class BalancedTrainer(DefaultTrainer):
         Raises:
             StopTraining: if the loss is not finite.
         """
-        # PyTorch optimises Detectron2's scripts after their first runs, which rounds otherwise.
+        # PyTorch optimises scripted functions after their first runs, which changes the rounding.
         on_cpu = self.cfg.MODEL.DEVICE == "cpu"
         try:
             with torch.jit.optimized_execution(not on_cpu):
@@ -171,14 +173,13 @@ class BalancedTrainer(DefaultTrainer):
         except FloatingPointError as error:  # raised before the weights are changed
             rates = sorted({group["lr"] for group in self._trainer.optimizer.param_groups})
             loader = self._trainer.data_loader
-            images = loader.last_batch() if isinstance(loader, TrainLoader) else ["not known"]
+            images = loader.last_batch() if isinstance(loader, TrainLoader) else ["unknown"]
             raise StopTraining(
                 f"iteration {self.iter}: {' '.join(str(error).split())} "
                 f"Learning rate: {', '.join(f'{rate:g}' for rate in rates)}. "
                 f"Images: {', '.join(images)}. "
-                "The last checkpoint is the one to resume from. Try a lower SOLVER.BASE_LR, a "
-                "longer warm-up or SOLVER.CLIP_GRADIENTS, and look at the annotations of these "
-                "images"
+                "You can resume from the last checkpoint. Try a lower SOLVER.BASE_LR, a longer "
+                "warm-up or SOLVER.CLIP_GRADIENTS, and check the annotations of these images"
             ) from error
 
     def state_dict(self):
@@ -186,7 +187,7 @@ class BalancedTrainer(DefaultTrainer):
         return {
             **super().state_dict(),
             "_trainer": self._trainer.state_dict(),
-            # What RetinaNet divides its losses by is a running mean, but no buffer.
+            # RetinaNet divides its losses by a running mean that is not a buffer.
             "normalizers": {
                 name: module.loss_normalizer
                 for name, module in _unwrapped(self.model).named_modules()
@@ -196,16 +197,16 @@ class BalancedTrainer(DefaultTrainer):
         }
 
     def load_state_dict(self, state_dict):
-        # Not DefaultTrainer's: on main it insists on the optimizer's state.
+        # Not DefaultTrainer's, which on main requires the optimizer's state.
         TrainerBase.load_state_dict(self, state_dict)
-        self.start_iter = self.iter + 1  # the checkpoint is of the end of an iteration
+        self.start_iter = self.iter + 1  # checkpoints are saved at the end of an iteration
         logger = logging.getLogger(__name__)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning(
                 "the checkpoint has no optimizer state (Detectron2 0.6's own trainer saves none): "
-                "momentum starts anew"
+                "momentum starts from zero"
             )
         modules = dict(_unwrapped(self.model).named_modules())
         for name, value in state_dict.get("normalizers", {}).items():
@@ -213,13 +214,16 @@ class BalancedTrainer(DefaultTrainer):
         if "loader" in state_dict and isinstance(self._trainer.data_loader, TrainLoader):
             self._trainer.data_loader.load_state_dict(state_dict["loader"])
         else:
-            logger.warning("the checkpoint does not say which images came next: the order is anew")
+            logger.warning(
+                "the checkpoint does not contain the position in the data: the images start again "
+                "in a new order"
+            )
 
 
 def with_validation_images(
     cfg: CfgNode, dataset_name: str, evaluator: DatasetEvaluator
 ) -> DatasetEvaluator:
-    """The evaluator, beside one that shows images in TensorBoard if the config asks for some."""
+    """The evaluator, plus one that shows images in TensorBoard if the config enables it."""
     if cfg.TEST.NUM_IMAGES_SHOWN <= 0:
         return evaluator
     shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
@@ -239,6 +243,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _size_of_checkpoint(model: nn.Module) -> int:
-    """In bytes: the model, and the momentum of what is trained."""
+    """Size in bytes: the model, and the momentum of the trained parameters."""
     tensors = [*model.state_dict().values(), *(p for p in model.parameters() if p.requires_grad)]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

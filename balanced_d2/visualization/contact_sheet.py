@@ -1,4 +1,4 @@
-"""One picture of many: ground truth and detections side by side."""
+"""One picture of many images: ground truth and detections side by side."""
 
 from typing import Dict, List, Sequence
 
@@ -23,13 +23,13 @@ def draw_contact_sheet(
     columns: int = 3,
     tile_width: int = 320,
 ) -> np.ndarray:
-    """Draw images of a data set, each with its ground truth on the left, detections on the right.
+    """Draw images of a dataset, each with ground truth on the left and detections on the right.
 
     Args:
-        dataset_name: a registered data set in COCO format.
+        dataset_name: a registered dataset in COCO format.
         predictions: detections in COCO's result format, as Detectron2's evaluator writes them.
-        num_images: how many images, taken evenly from the data set.
-        threshold: least score of a detection to be drawn.
+        num_images: number of images, spread evenly over the dataset.
+        threshold: minimum score of the detections that are drawn.
         columns: number of images side by side.
         tile_width: width in pixels to which every image is scaled.
 

@@ -7,12 +7,12 @@ from detectron2.utils.visualizer import GenericMask
 
 
 def as_records(detections: Instances, class_names: Sequence[str]) -> List[Dict]:
-    """Detections as ``tools/run_exported.py`` prints them.
+    """Detections in the form in which ``tools/run_exported.py`` prints them.
 
     Args:
         detections: in pixels of the image, on the CPU, with ``pred_masks`` of shape (N, H, W) and
             ``pred_keypoints`` of shape (N, K, 3) if the model predicts them.
-        class_names: by the number of the class.
+        class_names: names of the classes, by class index.
 
     Returns:
         One dict for each detection: ``bbox`` (x1, y1, x2, y2), ``class``, ``class_id``, ``score``

@@ -1,4 +1,4 @@
-"""One picture of where a detector loses AP."""
+"""A chart of where a detector loses AP."""
 
 from typing import Optional, Sequence
 
@@ -17,15 +17,15 @@ NONE = "-"
 def draw_error_chart(analysis: Analysis, title: str) -> Figure:
     """Draw AP by class and by size on the left, and what each kind of error costs on the right.
 
-    The worst classes come first; of more than 20, the 20 worst are shown. Those without ground
-    truth, which have no AP, are left out.
+    The worst classes come first; if there are more than 20, only the 20 worst are shown. Classes
+    without ground truth have no AP and are left out.
 
     Args:
         analysis: see :func:`balanced_d2.evaluation.errors.analyze_errors`.
-        title: of the whole picture; AP and AP50 are added to it.
+        title: title of the whole figure; AP and AP50 are appended.
 
     Returns:
-        The picture, for ``savefig``. It does not touch the state of ``matplotlib.pyplot``.
+        The figure, for ``savefig``. It does not affect the state of ``matplotlib.pyplot``.
     """
     classes = [result for result in analysis.classes if result.ap["all"] is not None]
     shown = sorted(classes, key=lambda result: result.ap["all"] or 0)[:MAX_CLASSES]
@@ -73,12 +73,12 @@ def _draw_bars(
     color: str,
     notes: Optional[Sequence[str]] = None,
 ) -> None:
-    """Draw horizontal bars, the first on top, each with its value and a note."""
+    """Draw horizontal bars, the first at the top, each with its value and a note."""
     bars = axes.barh(range(len(values)), [value or 0 for value in values], 0.7, color=color)
     numbers = [NONE if value is None else f"{value:.1f}" for value in values]
     texts = [n + note for n, note in zip(numbers, notes or [""] * len(numbers), strict=True)]
     axes.bar_label(bars, texts, padding=3, color=GREY)
-    # Names of classes may hold dollar signs.
+    # Class names may contain dollar signs.
     axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)

@@ -1,4 +1,4 @@
-"""The pyramid of an image before and after balancing, on one sheet."""
+"""The pyramid of an image before and after balancing, in one figure."""
 
 from typing import Sequence
 
@@ -12,10 +12,10 @@ COLUMN_INCHES = 1.8
 
 
 def draw_features(image: np.ndarray, levels: Sequence[Level], title: str) -> Figure:
-    """Draw the levels one under the other: before, after, and what is added.
+    """Draw one row for each level: before, after, and what is added.
 
-    Each picture shows the norm of the features over the channels; those of a row have the same
-    colours. Energies, their mean squares, are written above.
+    Each picture shows the norm of the features over the channels, with one colour scale per row.
+    The energy, the mean of the squared norm, is written above it.
 
     Args:
         image: uint8, shape (H, W, 3), RGB.

@@ -1,4 +1,4 @@
-"""Figures of matplotlib that are drawn without a window and written whole."""
+"""Matplotlib figures that need no window and are written completely or not at all."""
 
 import os
 from typing import Any, Dict, Optional
@@ -14,38 +14,38 @@ GREY = "#555555"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, which does not touch the state of pyplot."""
+    """An empty figure with a size in inches, which does not affect the state of pyplot."""
     return Figure((width, height), dpi=100, layout="constrained")
 
 
 def place_picture(output: Optional[str], folder: str, name: str) -> str:
-    """Where a program writes its figure, before it is drawn.
+    """The path to which a program will write its figure, checked before it is drawn.
 
     Args:
-        output: what the user asks for, a file or a folder; None for the default.
-        folder: where it goes by default.
-        name: of the file in a folder.
+        output: the file or folder given by the user; None for the default.
+        folder: the default folder.
+        name: name of the file within a folder.
 
     Raises:
-        UserError: if it cannot be written there, or in the format that its name ends in.
+        UserError: if the path is not writable, or its suffix is not a supported format.
     """
     path = output or folder
     suffix = os.path.splitext(path)[1].lower()
     if not output or os.path.isdir(path) or not suffix:
         path = os.path.join(path, name)
     elif suffix not in FORMATS:
-        raise UserError(f"{path}: the name of a picture has to end in {', '.join(FORMATS)}")
+        raise UserError(f"{path}: the name of a picture has to end in one of {', '.join(FORMATS)}")
     check_writable(path)
     return path
 
 
 def save_figure(figure: Figure, path: str) -> None:
-    """Write a figure in the format that its name ends in.
+    """Write a figure in the format given by the suffix of its path.
 
     Raises:
         UserError: if the folder cannot be written to.
     """
-    # Smaller files of the same picture; the other formats know no such option.
+    # Makes the file smaller; the other formats do not have this option.
     options: Dict[str, Any] = {}
     if path.lower().endswith(".png"):
         options["pil_kwargs"] = {"optimize": True}

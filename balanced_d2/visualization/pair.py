@@ -1,4 +1,4 @@
-"""Ground truth and detections of one image, side by side."""
+"""Ground truth and detections of an image, side by side."""
 
 from typing import Dict, List, Sequence
 
@@ -19,24 +19,24 @@ def draw_pair(
     """Draw an image twice: with its ground truth on the left, with detections on the right.
 
     Args:
-        record: the image, as one of Detectron2's standard data set dicts.
+        record: the image, as one of Detectron2's standard dataset dicts.
         detections: in pixels of the image, on the CPU; all of them are drawn.
-        metadata: of the data set, for the names of the classes.
+        metadata: metadata of the dataset, with the names of the classes.
         width: width in pixels to which the image is scaled.
 
     Returns:
-        uint8 image (H, 2 * width + 4, 3), RGB; the width is up to rounding.
+        uint8 image (H, 2 * width + 4, 3), RGB; rounding can change the width.
     """
     image = read_image(record["file_name"], format="RGB")
     scale = width / image.shape[1]
     truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record).get_image()
-    found = Visualizer(image, metadata, scale=scale).draw_instance_predictions(detections)
+    drawn = Visualizer(image, metadata, scale=scale).draw_instance_predictions(detections)
     truth = pad(truth, truth.shape[0], truth.shape[1] + GAP // 2)
-    return np.hstack([truth, found.get_image()])
+    return np.hstack([truth, drawn.get_image()])
 
 
 def choose_evenly(records: Sequence[Dict], number: int) -> List[Dict]:
-    """``number`` of the records, spread evenly over them and always the same, or all if fewer."""
+    """``number`` of the records, evenly spread and always the same, or all if there are fewer."""
     places = np.linspace(0, len(records) - 1, min(number, len(records))).round().astype(int)
     return [records[i] for i in places]
 

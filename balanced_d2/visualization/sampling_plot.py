@@ -19,9 +19,9 @@ def histogram(negatives: SampledNegatives) -> Dict[str, np.ndarray]:
     """Counts of negatives by IoU.
 
     Returns:
-        ``iou_low`` and ``iou_high``, the borders of each bin, and the counts in it: ``available``
-        and one column for each negative sampler, by its name. What lies outside the range of the
-        negatives' IoU is not counted.
+        ``iou_low`` and ``iou_high``, the edges of each bin, and the counts in it: ``available``
+        and one column for each negative sampler, by its name. Values outside the range of the
+        negatives' IoU are not counted.
     """
     low, high = negatives.bin_edges[[0, -1]]
     edges = np.linspace(low, high, max(1, round((high - low) / BIN_WIDTH)) + 1)
@@ -41,10 +41,10 @@ def write_histogram(negatives: SampledNegatives, path: str) -> None:
 
 
 def draw_sampling(negatives: SampledNegatives, title: str) -> Figure:
-    """Draw which share of the sampled negatives has which IoU, for each sampler.
+    """Draw the distribution of IoU among the sampled negatives, for each sampler.
 
-    The legend has the share of hard negatives. Dotted lines are the borders of the bins that
-    IoU-balanced sampling samples evenly; the grey line is what there was to sample from.
+    The legend has the share of hard negatives. Dotted lines are the edges of the bins that
+    IoU-balanced sampling samples evenly; the grey line is the distribution of all negatives.
     """
     columns = histogram(negatives)
     low, high = columns.pop("iou_low"), columns.pop("iou_high")

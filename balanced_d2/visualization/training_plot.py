@@ -1,4 +1,4 @@
-"""The course of one or several trainings."""
+"""Curves of one or several training runs."""
 
 import itertools
 import math
@@ -10,20 +10,20 @@ from matplotlib.figure import Figure
 from balanced_d2.analysis.metrics import Metrics
 from balanced_d2.visualization.figure import COLORS, new_figure
 
-# What tells the lines of a panel apart; single values have only the marker.
+# Styles for the lines of a panel; single values have only the marker.
 LINES = ("o-", "s--", "^:", "d-.")
 
 
 class _Panel(NamedTuple):
     title: str
     lines: Dict[str, str]
-    """The metric of each line, by what the legend calls it; "" for a single one."""
+    """The metric of each line, by its label in the legend; "" for a single line."""
 
 
 def draw_training(runs: Dict[str, Metrics]) -> Figure:
     """Draw loss terms, learning rate, AP and counts per bin over the iterations.
 
-    Each run has a colour, and each of several lines in a panel a style.
+    Each run has its own colour, and each line in a panel its own style.
 
     Args:
         runs: the metrics of each run, by its name.
@@ -64,7 +64,7 @@ def draw_training(runs: Dict[str, Metrics]) -> Figure:
 
 
 def _panels(names: List[str]) -> List[_Panel]:
-    """What is drawn of the metrics that there are, in the order of the sheet."""
+    """The panels for the available metrics, in the order in which they are drawn."""
     losses = [name for name in names if name.startswith("loss")]
     total = [name for name in names if name == "total_loss"]
     panels = [_Panel(name, {"": name}) for name in (*total, *losses)]
@@ -76,8 +76,8 @@ def _panels(names: List[str]) -> List[_Panel]:
             title = f"{name[:-3]} AP (%)" if "/" in name else "AP (%)"
             panels.append(_Panel(title, {k: v for k, v in lines.items() if v in names}))
     for suffix, title in (("", "sampled"), ("_available", "available")):
-        found = [re.fullmatch(rf"roi_head/num_neg_bin(\d+){suffix}", name) for name in names]
-        bins = {f"bin {match[1]}": match[0] for match in found if match}
+        matches = [re.fullmatch(rf"roi_head/num_neg_bin(\d+){suffix}", name) for name in names]
+        bins = {f"bin {match[1]}": match[0] for match in matches if match}
         if bins:
             panels.append(_Panel(f"negatives {title} per image", bins))
     return panels

@@ -1,4 +1,4 @@
-"""A few images of a data set with detections and ground truth, for TensorBoard."""
+"""A few images of a dataset with detections and ground truth, for TensorBoard."""
 
 from typing import Dict, List
 
@@ -12,16 +12,16 @@ from balanced_d2.visualization.pair import choose_evenly, draw_pair
 
 
 class ValidationImages(DatasetEvaluator):
-    """Draws images of a data set, ground truth on the left and detections on the right.
+    """Draws images of a dataset, with ground truth on the left and detections on the right.
 
-    It gives no results, but puts the pictures into Detectron2's event storage, whose TensorBoard
-    writer writes them: ``DATASET/IMAGE_ID``. Where there is no storage, because nothing is being
-    trained, it does nothing.
+    It returns no results, but puts the pictures into Detectron2's event storage, from where the
+    TensorBoard writer takes them, as ``DATASET/IMAGE_ID``. Outside training there is no storage,
+    and it does nothing.
 
     Args:
-        dataset_name: a registered data set.
-        num_images: how many images, taken evenly from the data set: the same ones every time.
-        threshold: least score of a detection to be drawn.
+        dataset_name: a registered dataset.
+        num_images: number of images, spread evenly over the dataset: always the same ones.
+        threshold: minimum score of the detections that are drawn.
     """
 
     def __init__(self, dataset_name: str, num_images: int = 4, threshold: float = 0.5):
@@ -47,7 +47,7 @@ class ValidationImages(DatasetEvaluator):
 
     def evaluate(self) -> None:
         gathered = comm.gather(self._detections, dst=0)
-        detections = {image: found for part in gathered for image, found in part.items()}
+        detections = {image_id: d for part in gathered for image_id, d in part.items()}
         metadata = MetadataCatalog.get(self.dataset_name)
         for record in self._records:
             image_id = record.get("image_id")

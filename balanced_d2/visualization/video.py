@@ -13,21 +13,21 @@ DEFAULT_FPS = 25.0
 
 
 class VideoReader:
-    """The frames of a video or of a webcam.
+    """The frames of a video or webcam.
 
     Args:
         source: the path of a video, or the number of a webcam.
 
     Attributes:
-        fps: frames per second; 25 where the source does not say.
-        num_frames: how many there are, 0 where that is not known.
+        fps: frames per second; 25 if the source does not say.
+        num_frames: number of frames, 0 if not known.
 
     Raises:
-        UserError: if it cannot be opened.
+        UserError: if the source cannot be opened.
     """
 
     def __init__(self, source: str | int):
-        # What OpenCV says of a file that it cannot open is told below, in a line.
+        # The error below replaces OpenCV's own messages about a file that it cannot open.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self._capture = cv2.VideoCapture(source)
         if not self._capture.isOpened():
@@ -58,13 +58,13 @@ class VideoReader:
 
 @contextmanager
 def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.VideoWriter]:
-    """An MP4 file to write frames to (``write``, BGR); it can be played when this is left.
+    """Context manager of an MP4 file to write frames to (``write``, BGR), playable afterwards.
 
     Args:
         size: width and height of the frames.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
     if not writer.isOpened():

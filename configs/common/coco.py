@@ -1,4 +1,4 @@
-# COCO's images and boxes.
+# COCO: images and boxes.
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (

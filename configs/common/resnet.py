@@ -1,4 +1,4 @@
-# ResNet-50 with the weights and the statistics of MSRA's, and the normalisation that these expect.
+# ResNet-50 for MSRA's weights and batch-norm statistics, with the pixel normalisation they expect.
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
 

@@ -1,4 +1,4 @@
-# The optimizer, the schedule of about 12 times COCO and what the trainer needs to know.
+# The optimizer, the schedule (about 12 epochs of COCO) and the trainer's settings.
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Measure what pulls at trained weights: the gradients of the next iterations, had there been any.
+"""Measure the gradients that trained weights would get in further iterations.
 
-Prints, as tables, the norm of each loss's gradient on the backbone and its pyramid, and how much
-clipping would cut; which part of the box loss's gradient comes from inliers under each box loss
-(the question of Libra R-CNN, section 3.3); and which pyramid levels the RoI heads pool from.
+Prints three tables: the norm of each loss's gradient on the backbone and its pyramid, with the
+share of parameters that would be clipped; the share of the box loss's gradient that comes from
+inliers, for each box loss (the question of Libra R-CNN, section 3.3); and the pyramid levels from
+which the RoI heads pool.
 """
 
 import argparse
@@ -33,30 +34,30 @@ from fvcore.nn import smooth_l1_loss
 from table import as_markdown_row
 from tqdm import tqdm
 
-# How this program's random numbers come about; another purpose of a seed has another number.
+# Identifies the random numbers of this program; each use of a seed has its own number.
 GRADIENT_SEEDS = 5
 BOX_LOSSES: Dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "smooth L1, beta 1": lambda x: smooth_l1_loss(x, torch.zeros_like(x), beta=1.0),
     "L1": torch.abs,
     "Balanced L1": lambda x: balanced_l1_loss(x, torch.zeros_like(x)),
 }
-"""Box losses of one delta by its error, with their default parameters."""
+"""Box losses as functions of a delta's error, with their default parameters."""
 
 
 class Measured(NamedTuple):
     norms: Dict[str, List[float]]
-    """Of each loss and their sum, the norm of the gradient on the backbone, batch by batch."""
+    """The norm of the gradient on the backbone in each batch, for each loss and their sum."""
     clipped: List[float]
-    """The share of the model's parameter tensors that clipping would cut, batch by batch."""
+    """The share of the model's parameter tensors that would be clipped in each batch."""
     errors: torch.Tensor
-    """Shape (R, 4): errors of the foreground's box deltas."""
+    """Shape (R, 4): errors of the box deltas of foreground boxes."""
     levels: torch.Tensor
-    """Shape (R,): level that each foreground box is pooled from, 0 is the finest."""
+    """Shape (R,): level from which each foreground box is pooled, 0 is the finest."""
 
 
 def main(args: argparse.Namespace) -> None:
     if args.iterations < 1:
-        raise UserError(f"--iterations is {args.iterations}; at least 1 is needed")
+        raise UserError(f"--iterations is {args.iterations}, but has to be at least 1")
     cfg = config_from(args)
     check_samples_proposals(cfg)
     cfg.SEED = max(cfg.SEED, 0)  # the same figures every time
@@ -98,7 +99,7 @@ def measure(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) -> Measur
                 norms[name].append(_norm(_gradients(loss, shared)))
             of_all = _gradients(sum(losses.values()), trained)
             norms["all"].append(_norm(of_all[: len(shared)]))
-            # Detectron2 clips each parameter by itself.
+            # Detectron2 clips each parameter separately.
             limit = cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
             clipped.append(sum(_norm([g]) > limit for g in of_all) / len(of_all))
 
@@ -116,18 +117,18 @@ def _gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Sequen
 def _foreground_errors(
     heads: StandardROIHeads, sampled: List[Instances], deltas: torch.Tensor
 ) -> torch.Tensor:
-    """Predicted minus wanted box deltas, shape (R, 4), of the R samples that have a class."""
-    deltas = deltas.unflatten(1, (-1, 4))  # one box for each class, or one for all
+    """Predicted minus target box deltas, shape (R, 4), for the R foreground samples."""
+    deltas = deltas.unflatten(1, (-1, 4))  # one box per class, or one for all classes
     errors = [deltas.new_zeros(0, 4)]
     for image, predicted in zip(sampled, deltas.split([len(image) for image in sampled])):
         is_foreground = image.gt_classes < heads.num_classes
         image, predicted = image[is_foreground], predicted[is_foreground]
         if len(image):
             column = image.gt_classes if predicted.shape[1] > 1 else 0
-            wanted = heads.box_predictor.box2box_transform.get_deltas(
+            target = heads.box_predictor.box2box_transform.get_deltas(
                 image.proposal_boxes.tensor, image.gt_boxes.tensor
             )
-            errors.append(predicted[torch.arange(len(image)), column] - wanted)
+            errors.append(predicted[torch.arange(len(image)), column] - target)
     return torch.cat(errors).cpu()
 
 

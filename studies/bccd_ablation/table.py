@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Turn the lines of a study into tables and a picture.
 
-Prints the mean of every metric with its 95 % confidence interval, and the difference to the plain
-row or another, paired by seed, with its interval and the p-value of Student's t-test for pairs.
+Prints the mean of every metric with its 95 % confidence interval, and the difference from the plain
+row or another, paired by seed, with its interval and the p-value of Student's paired t-test.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Difference(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean and the margin of Student's t-distribution."""
+    """The mean, and its margin by Student's t-distribution."""
     number = len(values)
     if number < 2:
         return Estimate(float(np.mean(values)), float("nan"))
@@ -66,8 +66,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Difference]:
-    """What a row gains over another; None with fewer than two seeds in common or
-    without such objects."""
+    """The gain of a row over another; None if they have fewer than two seeds in common or there are
+    no such objects."""
     seeds = sorted(row.keys() & other.keys())
     differences = [row[seed] - other[seed] for seed in seeds]
     if len(seeds) < 2 or np.isnan(differences).any():
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
             if line["data"] == data:
                 results[line["row"]][line["seed"]] = line
         if args.to not in results:
-            raise UserError(f"{args.results} has no line of the row {args.to!r} on {data}")
+            raise UserError(f"{args.results} has no line for the row {args.to!r} on {data}")
         print(f"**{data}**\n")
         for table in (
             mean_table(results),
@@ -111,7 +111,7 @@ def rows_of(results: Results) -> List[str]:
 
 
 def metrics_of(results: Results) -> List[str]:
-    """All metrics and the AP of each class."""
+    """All metrics, and the AP of each class."""
     line = next(iter(next(iter(results.values())).values()))
     return [*METRICS, *(name for name in line["results"] if name.startswith("AP-"))]
 
@@ -147,7 +147,7 @@ def cost_table(results: Results, to: str) -> List[List[str]]:
     ]
     for row in rows_of(results):
         lines, others = results[row], results[to]
-        # Seed by seed, since the speed of a machine changes over a day.
+        # Seed by seed, because the speed of a machine changes over the day.
         ratios = [
             lines[seed]["seconds_per_iteration"] / others[seed]["seconds_per_iteration"]
             for seed in lines.keys() & others.keys()
@@ -173,7 +173,7 @@ def as_markdown_row(cells: Sequence[str]) -> str:
 
 
 def draw(compared: Dict[str, Tuple[Results, str]], to: str) -> Figure:
-    """The gain of each row, given by its label, seed by seed, with the mean and its interval."""
+    """Draw the gains of each row, by its label: every seed, and the mean with its interval."""
     compared = {label: pair for label, pair in compared.items() if pair[1] != to}
     figure = new_figure(10, 0.4 * len(compared) + 1.3)
     for axes, metric in zip(figure.subplots(1, 3, sharey=True), ("AP", "AP50", "AP75")):
@@ -202,7 +202,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("results", metavar="FILE.jsonl", help="as train.py writes it")
     parser.add_argument("--data", nargs="+", default=["bccd"], metavar="NAME")
-    parser.add_argument("--to", default="plain", metavar="ROW", help="what rows are compared with")
+    parser.add_argument("--to", default="plain", metavar="ROW", help="the row to compare with")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gains")
     return parser.parse_args()
 

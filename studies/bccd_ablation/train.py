@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train every row of the ablation over several seeds, and write one JSON line for each run.
 
-Runs of one seed begin with the same weights, where shapes agree, and see the same images in the
-same order. What has its line already is not run again, and a run that was interrupted goes on from
-its last checkpoint.
+Runs of one seed start from the same weights, where shapes agree, and see the same images in the
+same order. A run that already has its line is not repeated, and one that was interrupted continues
+from its last checkpoint.
 """
 
 import argparse
@@ -57,7 +57,7 @@ VARIANTS = {
     "all, averaged only": [*ROWS["all"], "MODEL.BALANCED_FPN.REFINE_TYPE", "none"],
     "all, refined at P3": [*ROWS["all"], "MODEL.BALANCED_FPN.REFINE_LEVEL", "1"],
 }
-"""What was tuned; rows that run when they are named."""
+"""Rows for tuning, which run only if they are named."""
 
 ALL_ROWS = {**ROWS, **VARIANTS}
 
@@ -66,9 +66,9 @@ SHAPES = {
     "shapes_3": ShapesConfig(shape_size=(18.3, 55.0)),
     "shapes_7": ShapesConfig(),
 }
-"""Generated data, by about how many times as large its largest shape is as its smallest."""
+"""Generated data, named by the approximate ratio of its largest to its smallest shape."""
 
-# How initial weights come about; another purpose of the same seed has another number.
+# Identifies the random numbers of initial weights; each use of a seed has its own number.
 WEIGHT_SEEDS = 4
 
 
@@ -82,7 +82,7 @@ class Run(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Where runs are and how they are made."""
+    """Settings that all runs share."""
 
     output: str
     results: str
@@ -117,13 +117,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_lines(path: str) -> List[Dict]:
-    """The lines of a file of results, none if there is no file."""
+    """The lines of a results file, none if there is no file."""
     try:
         return [json.loads(line) for line in Path(path).read_text().splitlines()]
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise UserError(f"{path} is no file of results: {error}") from error
+        raise UserError(f"{path} is not a results file: {error}") from error
 
 
 def shapes_folder(study: Study, data: str) -> str:
@@ -135,7 +135,7 @@ def initial_weights(study: Study, data: str, seed: int) -> str:
 
 
 def options(study: Study, run: Run) -> List[str]:
-    """The options of a run, but for its weights."""
+    """The options of a run, except for its weights."""
     opts = ["SEED", str(run.seed), "OUTPUT_DIR", run.folder(study.output)]
     opts += ["SOLVER.CHECKPOINT_PERIOD", "100"]
     if run.data in SHAPES:
@@ -146,7 +146,7 @@ def options(study: Study, run: Run) -> List[str]:
 
 
 def write_initial_weights(study: Study, data: str, seed: int) -> None:
-    """Weights of the plain model, which every row of the seed begins with."""
+    """Write weights of the plain model, from which every row of the seed starts."""
     path = initial_weights(study, data, seed)
     if os.path.exists(path):
         return
@@ -159,7 +159,7 @@ def write_initial_weights(study: Study, data: str, seed: int) -> None:
 
 
 def train(study: Study, run: Run) -> str:
-    """Train, evaluate and write the line of a run; return what went wrong, or ""."""
+    """Train, evaluate and write the line of a run; return the error, or ""."""
     folder = run.folder(study.output)
     os.makedirs(folder, exist_ok=True)
     opts = options(study, run)
@@ -223,7 +223,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
     parser.add_argument(
-        "--results", required=True, metavar="FILE.jsonl", help="lines are added to it"
+        "--results", required=True, metavar="FILE.jsonl", help="lines are appended to it"
     )
     parser.add_argument(
         "--output", default="output/study", metavar="DIR", help="for checkpoints and logs"
@@ -232,7 +232,7 @@ def parse_args() -> argparse.Namespace:
         "--jobs", type=int, default=1, metavar="N", help="runs at the same time, sharing the cores"
     )
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options of all rows"
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options for all rows"
     )
     return parser.parse_args()
 

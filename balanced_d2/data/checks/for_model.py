@@ -114,7 +114,7 @@ def check_registered(name: str) -> None:
 def check_files(name: str) -> None:
     """Raise :class:`UserError` if a file or folder that the metadata names does not exist.
 
-    Loaders of Detectron2's built-in data sets do not say what is missing.
+    Loaders of Detectron2's built-in datasets do not say what is missing.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("generated"):
