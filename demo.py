@@ -262,9 +262,7 @@ def parse_args() -> argparse.Namespace:
         "--input", nargs="+", metavar="PATH", help="images, folders of images and videos, videos"
     )
     source.add_argument("--webcam", action="store_true", help="the first webcam")
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder for the pictures (created if needed)"
-    )
+    parser.add_argument("--output", metavar="DIR", help="folder for the pictures")
     parser.add_argument(
         "--confidence-threshold",
         type=float,

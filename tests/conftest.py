@@ -1,4 +1,4 @@
-"""Fixtures: small data sets on disk and the project's entry points as subprocesses."""
+"""Fixtures: small datasets on disk, and the project's programs as subprocesses."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "demo" in item.fixturenames:  # whose model is trained first
+        if "demo" in item.fixturenames:  # it trains a model first
             item.add_marker(pytest.mark.slow)
 
 
@@ -43,14 +43,14 @@ def fixed_seed():
 def bccd_root():
     """The folder to set DETECTRON2_DATASETS to, for tests on real images."""
     if not (SHARED_DATA / "bccd" / "val.json").is_file():
-        pytest.skip("needs BCCD in ../shared/data/bccd, which this machine has not")
+        pytest.skip("needs BCCD in ../shared/data/bccd, which does not exist")
     return SHARED_DATA
 
 
 def write_coco(folder: Path, num_images: int = 6, seed: int = 0, suffix: str = ".jpg") -> Path:
     """Write a data set of bright (class 1) and dark (class 2) squares; return its JSON file.
 
-    Each has a mask, and the middles of its left and right side as keypoints.
+    Each square has a mask, and the midpoints of its left and right side as keypoints.
     """
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
@@ -93,7 +93,7 @@ def write_coco(folder: Path, num_images: int = 6, seed: int = 0, suffix: str = "
 
 
 def write_bccd(datasets: Path) -> None:
-    """Write what can stand for BCCD to a folder for ``DETECTRON2_DATASETS``."""
+    """Write a substitute for BCCD to a folder for ``DETECTRON2_DATASETS``."""
     json_file = write_coco(datasets / "bccd", num_images=4)
     content = json.loads(json_file.read_text())
     content["categories"].append({"id": 3, "name": "third"})
@@ -103,14 +103,14 @@ def write_bccd(datasets: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory) -> Path:
-    """The annotation file of a tiny data set; its images are in ``images/`` beside it."""
+    """The annotation file of a tiny dataset; its images are in ``images/`` beside it."""
     return write_coco(tmp_path_factory.mktemp("tiny_coco") / "data")
 
 
 def has_localhost() -> bool:
-    """Whether this machine has an address for ``localhost``, which ``torchrun`` asks for.
+    """Whether this machine has an address for ``localhost``, which ``torchrun`` needs.
 
-    One that debootstrap has just made may have none, for want of /etc/hosts.
+    A machine newly built by debootstrap may have no /etc/hosts and so no such address.
     """
     try:
         return bool(socket.getaddrinfo("localhost", None))
@@ -127,10 +127,10 @@ DEMO_CONFIG = "configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml"
 def demo(tmp_path_factory) -> Path:
     """The folder of a shortened run of the demo: ``output/model_final.pth`` and ``datasets/``.
 
-    The worker that comes first makes it for all.
+    The first worker creates it for all.
     """
     folder = tmp_path_factory.getbasetemp() / "demo"
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders are together in that of the run
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers' folders share a parent
         folder = folder.parent.parent / "demo"
     with file_lock(str(folder)):
         if not (folder / "finished").exists():
@@ -179,8 +179,8 @@ def train_net(*arguments, config=TINY_CONFIG, env=None) -> subprocess.CompletedP
 
 @pytest.fixture
 def run_here(capfd, monkeypatch):
-    """As :func:`run_program`, but in this process, which saves its start: for the many tests that
-    are not about the process itself."""
+    """Like :func:`run_program`, but in this process, which saves the start-up time: for the many
+    tests that are not about the process itself."""
 
     def run_main(program, *arguments) -> subprocess.CompletedProcess:
         capfd.readouterr()
@@ -196,7 +196,7 @@ def run_here(capfd, monkeypatch):
             for name in set(DatasetCatalog) - registered:
                 DatasetCatalog.pop(name)
                 MetadataCatalog.pop(name, None)
-            # Loggers keep the streams of the test that they were set up in.
+            # Loggers keep the streams of the test in which they were set up.
             setup_logger.cache_clear()
             for name in ("detectron2", "fvcore", "balanced_d2"):
                 logging.getLogger(name).handlers.clear()
@@ -207,7 +207,7 @@ def run_here(capfd, monkeypatch):
 
 @pytest.fixture
 def train_net_here(run_here):
-    """As :func:`train_net`, but in this process."""
+    """Like :func:`train_net`, but in this process."""
 
     def run_main(*arguments, config=TINY_CONFIG) -> subprocess.CompletedProcess:
         return run_here("train_net.py", "--config-file", config, *arguments)
@@ -215,14 +215,17 @@ def train_net_here(run_here):
     return run_main
 
 
-def assert_told(result: subprocess.CompletedProcess, *parts: str) -> None:
-    """The program ended with one line about the error that holds all ``parts``."""
+def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """The program ended with a single line about the error, which contains all ``parts``."""
     assert result.returncode not in (0, None), result.stdout
     assert "Traceback" not in result.stderr + result.stdout
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1, result.stderr
     for part in parts:
         assert part in errors[0]
+
+
+assert_told = assert_user_error  # the earlier name, in test_export_tools.py
 
 
 def logged(output: Path) -> list:

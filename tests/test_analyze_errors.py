@@ -25,7 +25,7 @@ NO_ERRORS = dict.fromkeys(KINDS, 0)
 
 
 def scene(truth, classes=("cat", "dog"), num_images=1):
-    """Annotations of (image, class, box) or (image, class, box, "crowd"); all count from 1."""
+    """Annotations from (image, class, box) or (image, class, box, "crowd"); ids start at 1."""
     return {
         "images": [
             {"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480}
@@ -47,7 +47,7 @@ def scene(truth, classes=("cat", "dog"), num_images=1):
 
 
 def detect(*detections):
-    """Predictions of (image, class, box, score)."""
+    """Predictions from (image, class, box, score)."""
     keys = ("image_id", "category_id", "bbox", "score")
     return [dict(zip(keys, detection, strict=True)) for detection in detections]
 
@@ -57,9 +57,8 @@ OBJECT, FAR = (100, 100, 100, 100), (400, 300, 50, 50)
 HALF = (100, 100, 100, 40)  # IoU with OBJECT: 0.4
 TRUE = (1, CAT, OBJECT, 0.9)
 
-# Detections where there is one cat, OBJECT; the errors that are counted; AP50, which is of cats
-# alone; and what the errors cost of it. Of two errors that both stand in the way, neither alone
-# costs anything.
+# Detections in an image with one cat, OBJECT; the number of errors; AP50, which is that of cats
+# alone; and what the errors cost. If two errors each prevent a match, neither alone costs anything.
 SCENES = {
     "found": ([TRUE], {}, 100, {}),
     "nothing detected": ([], {"missed": 1}, 0, {"missed": 100}),
@@ -124,7 +123,7 @@ def test_duplicate_before_another_object():
     assert costs == pytest.approx({**NO_ERRORS, "duplicate": 100 * 50 / 101 / 3})
 
 
-def test_crowds_are_no_ground_truth():
+def test_crowds_are_not_ground_truth():
     crowd = (300, 200, 300, 200)
     annotations = scene([(1, CAT, OBJECT), (1, CAT, crowd, "crowd")])
     in_crowd = [(1, CAT, (350, 250, 50, 50), 0.95), (1, CAT, (450, 250, 50, 50), 0.94)]
@@ -133,7 +132,7 @@ def test_crowds_are_no_ground_truth():
     assert analysis.ap50 == pytest.approx(100)
     assert analysis.total.num_boxes == {"all": 1, "small": 0, "medium": 0, "large": 1}
 
-    # A crowd of another class excuses nothing, and nothing is to be found in it.
+    # A crowd of another class does not excuse errors, and is not ground truth.
     other = detect(TRUE, *[(image, DOG, box, score) for image, _, box, score in in_crowd])
     analysis = analyze_errors(annotations, other)
     counts = {error.kind: error.number for error in analysis.errors}
@@ -158,7 +157,7 @@ def test_box_without_area_is_missed():
     assert analysis.ap50 == pytest.approx(100 * 51 / 101)
     assert analysis.errors[-1].lost == pytest.approx(100 - analysis.ap50)
 
-    # The overlap of two boxes without area, 0 / 0, is none.
+    # The IoU of two boxes without area, 0 / 0, counts as 0.
     found_as_dog = detect(TRUE, (1, DOG, (50, 50, 0, 0), 0.8))
     counts = Breakdown(match(annotations, found_as_dog)).counts()
     assert counts == {**NO_ERRORS, "background": 1, "missed": 1}
@@ -171,8 +170,8 @@ def test_best_hundred_of_an_image_and_class():
     assert counts == {**NO_ERRORS, "background": 100, "missed": 1}
 
 
-def test_mended_detection_takes_the_place_of_a_worse_one():
-    """The oracle keeps the best of what has found the same, be it mended or not."""
+def test_fixed_detection_replaces_a_worse_one():
+    """The oracle keeps the best detection of an object, whether it was fixed or not."""
     other = (1, CAT, FAR)
     detections = detect((1, CAT, HALF, 0.9), (1, CAT, (0, 0, 9, 9), 0.8), (1, CAT, OBJECT, 0.7))
     breakdown = Breakdown(match(scene([(1, CAT, OBJECT), other]), detections))
@@ -186,7 +185,7 @@ def test_nothing_to_find():
 
 
 def random_scene(seed):
-    """Annotations with crowds, and detections near and far of them; no two scores are the same."""
+    """Annotations with crowds, and detections near and far from them; no two scores are equal."""
     rng = np.random.default_rng(seed)
     num_images, num_classes = 6, 4
     truth, detections = [], []
@@ -320,13 +319,13 @@ def test_reference(seed):
         assert breakdown.counts(threshold) == reference.counts(threshold)
     for fixed in ([], *([kind] for kind in KINDS), ["classification", "missed"]):
         assert breakdown.ap50(fixed) == pytest.approx(reference.ap50(fixed), abs=1e-9), fixed
-    # A class that nothing is asked of is perfect only without detections.
+    # A class without ground truth left is perfect only without detections.
     assert breakdown.ap50(KINDS) == pytest.approx(100)
     analysis = analyze_errors(annotations, predictions, 0.3)
     assert all(0 <= error.lost <= 100 - analysis.ap50 + 1e-9 for error in analysis.errors)
 
 
-def test_scenes_have_it_all():
+def test_random_scenes_have_every_kind_of_error():
     totals = dict.fromkeys(KINDS, 0)
     for seed in range(25):
         for kind, count in Breakdown(match(*random_scene(seed))).counts().items():
@@ -374,9 +373,9 @@ def texts(figure):
 def test_chart_shows_the_worst_of_many_classes(tmp_path):
     names = [f"class {i}" for i in range(23)] + ["$5 and $6 " + "long " * 9, "no truth"]
     truth = [(i + 1, i + 1, OBJECT) for i in range(24)]
-    # Found are those of the classes 19 to 22.
-    found = detect(*[(i + 1, i + 1, OBJECT, 0.9) for i in range(19, 23)])
-    figure = draw_error_chart(analyze_errors(scene(truth, names, 24), found), "$1 and $2")
+    # Classes 19 to 22 are detected.
+    detections = detect(*[(i + 1, i + 1, OBJECT, 0.9) for i in range(19, 23)])
+    figure = draw_error_chart(analyze_errors(scene(truth, names, 24), detections), "$1 and $2")
     png(figure, tmp_path / "a.png")
     shown = texts(figure)
     assert "AP by class: the 20 worst of 24" in shown
@@ -388,7 +387,7 @@ def test_chart_shows_the_worst_of_many_classes(tmp_path):
 
 @pytest.fixture
 def analyze(tmp_path, monkeypatch, capsys):
-    """Runs the tool here on data or on text for files; returns exit code, output and errors."""
+    """Run the tool in this process on data or file contents; return exit code, output, errors."""
 
     def run(predictions, annotations, *arguments):
         for name, content in (("dt.json", predictions), ("gt.json", annotations)):
@@ -477,6 +476,6 @@ def test_bad_input(analyze, tmp_path, name):
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.csv"))
 
 
-def test_output_is_no_folder(analyze, tmp_path):
+def test_output_is_not_a_folder(analyze, tmp_path):
     exit_code, _, err = analyze([], GOOD, "--output", tmp_path / "dt.json")
     assert exit_code == 2 and err.startswith("error: cannot write to the folder")

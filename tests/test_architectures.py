@@ -1,4 +1,4 @@
-"""Every kind of detector: trained and evaluated from its config, and its parts by themselves."""
+"""Every kind of detector: trained and evaluated from its config, and its parts on their own."""
 
 import copy
 import math
@@ -168,8 +168,8 @@ def test_retinanet_without_foreground():
     assert losses["loss_box_reg"] == 0 and not deltas.grad.any()
 
 
-def test_retinanet_clips_before_the_suppression():
-    """Two boxes that overlap little, but are the same within the image: one stays."""
+def test_retinanet_clips_before_nms():
+    """Of boxes that overlap little, but are equal within the image, one is kept."""
     anchors = [Boxes(torch.tensor([[-60.0, 0, 20, 20], [0.0, 0, 20, 20], [-30.0, 5, -10, 9]]))]
     scores = [torch.zeros(3, 80)]
     scores[0][:, 4] = torch.tensor([0.9, 0.8, 0.7])
@@ -216,7 +216,7 @@ def test_cascade_samples_once_and_has_the_loss_in_all_stages():
 
 @pytest.fixture
 def registered_bottom_up():
-    """A backbone that is not a ResNet, under a name for configs."""
+    """A backbone that is not a ResNet, registered under a name for configs."""
 
     def build_tiny_regnet_backbone(cfg, input_shape):
         return RegNet(

@@ -1,4 +1,4 @@
-"""Bad input, as a table: what a user can get wrong, and what the message has to say."""
+"""Bad input, as a table: what a user can get wrong, and what the message has to contain."""
 
 import copy
 import json
@@ -15,14 +15,14 @@ from balanced_d2.data import check_datasets, register_coco
 from balanced_d2.data.checks.records import clean
 from balanced_d2.utils.errors import UserError
 
-from .conftest import assert_told
+from .conftest import assert_user_error
 
 NAME = "bad_input"
 
 
 @pytest.fixture(autouse=True)
 def unregister():
-    """The data set of a test is gone after it."""
+    """Remove a test's dataset afterwards."""
     yield
     DatasetCatalog.pop(NAME, None)
     MetadataCatalog.pop(NAME, None)
@@ -46,7 +46,7 @@ def good_file():
 
 
 def with_field(part, index, **fields):
-    """A change of a file: fields of an image, annotation or category; None removes one."""
+    """A change to a file: fields of an image, annotation or category; None removes a field."""
 
     def change(content):
         item = content[part][index]
@@ -70,7 +70,7 @@ def emptied(part):
 
 
 def check(tmp_path, content, opts=(), **arguments):
-    """What the start of train_net.py does with a data set."""
+    """Do what train_net.py does with a dataset at the start."""
     json_file = tmp_path / "a.json"
     json_file.write_text(content if isinstance(content, str) else json.dumps(content))
     register_coco(NAME, str(json_file), str(tmp_path))
@@ -113,7 +113,7 @@ def with_keypoint_names(change):
 
 TWO_POINTS = {"keypoints": [1, 2, 2, 3, 4, 2]}
 
-# What is done to a good annotation file, options of the config, and what the error has to name.
+# A change to a good annotation file, config options, and what the error has to contain.
 FILES = {
     "cut off": ('{"images": [', [], ["not a valid annotation file"]),
     "not text": ("\x00\x01", [], ["not a valid annotation file"]),
@@ -319,7 +319,7 @@ def test_ten_examples_at_most(tmp_path):
     assert str(error.value).count("(image 99)") == 10
 
 
-# Dropped or clipped: the box (of an image of 50 x 40), the warning, and what stays of it.
+# Dropped or clipped boxes in an image of 50 x 40: the box, the warning, and what is kept of it.
 BOXES = {
     "no width": ([5, 5, 0, 4], "dropped 1 annotation(s) whose box has no width or height", None),
     "negative height": ([5, 5, 3, -4], "dropped 1 annotation(s) whose box has no width", None),
@@ -357,7 +357,7 @@ def test_boxes_are_cleaned(box, warning, kept, mode, iscrowd, caplog):
 
 
 def record(box=(1.0, 2.0, 30.0, 20.0), **changes):
-    """A record as a user's own function returns it."""
+    """A record such as a user's own function returns."""
     fields = {"id": 7, "bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     size = {key: changes.pop(key, value) for key, value in (("width", 50), ("height", 40))}
     size = {key: value for key, value in size.items() if value is not None}
@@ -380,7 +380,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("changes, message", RECORDS.values(), ids=RECORDS.keys())
 def test_bad_records(changes, message):
-    """Of a data set that is no COCO file, through the check at the start."""
+    """In a dataset that is not a COCO file, found by the check at the start."""
     DatasetCatalog.register(NAME, lambda: [record(), record(**changes)])
     MetadataCatalog.get(NAME).set(thing_classes=["cat", "dog"])
     cfg = load_config("", ["DATASETS.TRAIN", f"('{NAME}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
@@ -413,26 +413,26 @@ def test_check_of_annotations_can_be_skipped(tmp_path):
     del content["annotations"][0]["area"]
     with_annotation(annotation(9, image_id=99))(content)
     check(tmp_path, content, TEST_TOO, annotations=False)
-    # Also the comparison of classes, for a mapper that changes them.
+    # The comparison of classes is skipped too, for a mapper that changes them.
     cfg = load_config("", ["DATASETS.TRAIN", f"('{NAME}',)"])
     check_datasets(cfg, annotations=False)
 
 
 def test_evaluation_needs_no_annotations(tmp_path):
-    """Like COCO's test images."""
+    """As with COCO's test images."""
     content = good_file()
     del content["annotations"]
     check(tmp_path, content, TEST_TOO, train=False)
 
 
-# Options on the command line, and what the error has to say.
+# Options on the command line, and what the error has to contain.
 OPTIONS = {
     "unknown key": (["SOLVER.MAX_ITERS", "3"], "did you mean SOLVER.MAX_ITER?"),
     "no value": (["SEED"], "'SEED' has no value"),
-    "data set as a string": (["DATASETS.TRAIN", "bccd_train"], "DATASETS.TRAIN is bccd_train"),
+    "dataset as a string": (["DATASETS.TRAIN", "bccd_train"], "DATASETS.TRAIN is bccd_train"),
     "brackets without comma": (["DATASETS.TRAIN", "('bccd_train')"], "has to be of type tuple"),
     "names without comma": (["DATASETS.TRAIN", "('a' 'b',)"], "'ab' is not registered"),
-    "no data set": (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+    "no dataset": (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
     "unregistered": (["DATASETS.TRAIN", "('nowhere',)"], "'nowhere' is not registered"),
     "unregistered test": (["DATASETS.TEST", "('nowhere',)"], "'nowhere' is not registered"),
 }
@@ -447,7 +447,7 @@ def test_bad_options(opts, message):
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])
 def test_string_instead_of_a_tuple(key):
-    """Set in Python, where yacs does not look at the type."""
+    """Set in Python, where yacs does not check the type."""
     cfg = load_config("", ["DATASETS.TRAIN", "('a',)"])
     cfg.DATASETS[key] = "bccd_train"
     with pytest.raises(UserError, match=rf"DATASETS.{key} is the string.*\('bccd_train',\)"):
@@ -455,7 +455,7 @@ def test_string_instead_of_a_tuple(key):
 
 
 @pytest.mark.parametrize(
-    "opts, steps, told",
+    "opts, steps, warning",
     [
         (["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"], (), None),
         (["SOLVER.MAX_ITER", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], (30000,), None),
@@ -465,14 +465,14 @@ def test_string_instead_of_a_tuple(key):
         (["SOLVER.MAX_ITER", "2"], (), ": 30000 dropped"),
     ],
 )
-def test_steps_beyond_the_end_are_dropped(opts, steps, told, caplog):
+def test_steps_beyond_the_end_are_dropped(opts, steps, warning, caplog):
     cfg = load_config("", opts)
     with caplog.at_level(logging.WARNING, "balanced_d2"):
         drop_late_steps(cfg)
     assert steps == cfg.SOLVER.STEPS
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == (told is not None)
-    assert told is None or (told in messages[0] and "SOLVER.MAX_ITER" in messages[0])
+    assert len(messages) == (warning is not None)
+    assert warning is None or (warning in messages[0] and "SOLVER.MAX_ITER" in messages[0])
 
 
 NEGATIVES = ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced")
@@ -506,7 +506,7 @@ def test_balances_without_effect_are_refused(opts, advice, caplog):
     with pytest.raises(UserError) as error:
         check_config(cfg, train=True)
     assert opts[0] in str(error.value) and advice in str(error.value)
-    # What balanced_d2 0.1.0 has begun, with its defaults, can be evaluated and resumed.
+    # Training started by balanced_d2 0.1.0, with its defaults, can be evaluated and resumed.
     with caplog.at_level(logging.WARNING, "balanced_d2"):
         check_config(cfg, train=False)
         check_config(cfg, train=True, resume=True)
@@ -524,12 +524,12 @@ def test_balances_without_effect_are_refused(opts, advice, caplog):
         PYRAMID + ("MODEL.BACKBONE.NAME", "build_balanced_fpn_backbone"),
     ],
 )
-def test_balances_of_classes_that_know_them(opts, caplog):
+def test_balances_of_classes_that_support_them(opts, caplog):
     check_config(load_config("", opts), train=True)
     assert not caplog.records
 
 
-def test_start_of_training_tells_all_at_once(tmp_path, train_net_here):
+def test_start_of_training_reports_everything_at_once(tmp_path, train_net_here):
     """End to end: one line, and nothing is trained."""
     content = good_file()
     with_annotation(annotation(7), annotation(9, image_id=99))(content)
@@ -539,5 +539,5 @@ def test_start_of_training_tells_all_at_once(tmp_path, train_net_here):
         *("DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "output"),
         *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
     )
-    assert_told(result, "'own'", "annotation 7 (2 times)", "annotation 9 (image 99)")
+    assert_user_error(result, "'own'", "annotation 7 (2 times)", "annotation 9 (image 99)")
     assert not list(tmp_path.glob("**/*.pth"))

@@ -1,4 +1,4 @@
-"""The benchmark runs, and what it compares computes the same."""
+"""The benchmark runs, and the things it compares compute the same."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from balanced_d2.modeling import FeatureBalancer
 
-from .conftest import assert_told, load_tool, run_program
+from .conftest import assert_user_error, load_tool, run_program
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +51,11 @@ def test_runs_on_tiny_sizes(tmp_path):
 def test_wrong_arguments(arguments, message, run_here):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert_told(run_here("tools/benchmark.py", *arguments), message)
+    assert_user_error(run_here("tools/benchmark.py", *arguments), message)
 
 
 def random_pyramid(dtype):
-    """Levels as an image of a random size, padded to a multiple of 32, has them."""
+    """The levels of an image of random size that is padded to a multiple of 32."""
     height, width = (8 * int(side) for side in torch.randint(1, 5, (2,)))
     sizes = [(height >> i, width >> i) for i in range(4)]
     sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
@@ -70,7 +70,7 @@ def balance(module, features, weights):
 
 
 def assert_near(got, expected, tolerance):
-    """Within a tolerance relative to the largest value, which is about 1 at least."""
+    """Equal within a tolerance relative to the largest value, or to 1 if that is smaller."""
     for a, b in zip(got, expected):
         error = (a - b).float().abs().max() / b.float().abs().max().clamp(min=1)
         assert error <= tolerance
@@ -95,8 +95,8 @@ def test_balancer_equals_the_explicit_form(benchmark, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_balancer_equals_the_explicit_form_in_bfloat16(benchmark, seed):
-    """Gradients of the levels where none is pooled from the refined one: with 8 bits, another
-    rounding makes another position the largest."""
+    """Gradients only of levels that need no pooling from the refined one: with 8 bits, a different
+    rounding makes a different position the largest."""
     torch.manual_seed(seed)
     explicit, balancer = benchmark.ExplicitBalancer(32), FeatureBalancer(32)
     balancer.load_state_dict(explicit.state_dict())
@@ -111,7 +111,7 @@ def test_balancer_equals_the_explicit_form_in_bfloat16(benchmark, seed):
 
 
 def test_samplers_draw_alike(benchmark):
-    """The straightforward sampler takes as many from each bin as this project's does."""
+    """The straightforward sampler takes as many from each bin as this project's."""
     from balanced_d2.modeling import sample_iou_balanced
 
     ious = torch.cat([torch.full((900,), 0.05), torch.full((60,), 0.2), torch.full((40,), 0.4)])
@@ -121,7 +121,7 @@ def test_samplers_draw_alike(benchmark):
         assert torch.bincount((6 * ious[chosen]).long()).tolist() == [200, 60, 40]
 
 
-def test_peak_memory_counts_what_is_held_at_one_time(benchmark):
+def test_peak_memory_counts_simultaneous_allocations(benchmark):
     bench = benchmark.Bench("cpu", turns=1)
 
     def run():
@@ -144,5 +144,5 @@ def test_memory_of_balancing_grows_linearly(benchmark):
         )
         run()
         peaks[area] = bench.peak(run)
-    # The growth from step to step, in which what does not depend on the size drops out.
+    # The growth from step to step, without what does not depend on the size.
     assert 3.6 < (peaks[16] - peaks[4]) / (peaks[4] - peaks[1]) < 4.4

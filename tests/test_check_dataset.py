@@ -17,7 +17,7 @@ from .conftest import load_tool, run_program
 
 @pytest.fixture
 def data(tiny_coco, tmp_path):
-    """A copy of the tiny data set: its folder, and a function that writes changed annotations."""
+    """A copy of the tiny dataset: its folder, and a function that writes changed annotations."""
     shutil.copytree(tiny_coco.parent, tmp_path / "data")
     json_file = tmp_path / "data" / "annotations.json"
 
@@ -31,7 +31,7 @@ def data(tiny_coco, tmp_path):
 
 @pytest.fixture
 def check(data, monkeypatch, capsys):
-    """Runs the tool here on the copy; returns exit code, standard output and standard error."""
+    """Run the tool in this process on the copy; return exit code, standard output and error."""
     folder, _ = data
 
     def run(*arguments):
@@ -47,7 +47,7 @@ def check(data, monkeypatch, capsys):
     return run
 
 
-def test_good_data_set(check):
+def test_good_dataset(check):
     exit_code, out, err = check("own", "--images")
     lines = out.splitlines()
     assert exit_code == 0 and "error" not in err
@@ -58,7 +58,7 @@ def test_good_data_set(check):
     assert set(counts) == {"bright", "dark"} and sum(counts.values()) == 18
 
 
-def test_dropped_is_told_once_and_is_no_error(check, data):
+def test_dropped_boxes_are_reported_once_and_are_no_error(check, data):
     def change(content):
         content["annotations"][0]["bbox"] = [1, 2, 0, 4]
         content["annotations"][1]["bbox"] = [79, 60, 30, 30]
@@ -79,7 +79,7 @@ def test_dropped_is_told_once_and_is_no_error(check, data):
     assert "16 usable annotations" in lines[3]
 
 
-def test_refused_and_dropped_are_told_together(check, data):
+def test_refused_and_dropped_are_reported_together(check, data):
     def change(content):
         content["annotations"][0]["bbox"] = [1, 2, 0, 4]
         content["annotations"][1]["image_id"] = 99
@@ -108,7 +108,7 @@ def test_images(check, data):
     whole = (images / "3.jpg").read_bytes()
     (images / "3.jpg").write_bytes(whole[: len(whole) * 2 // 3])
     cv2.imwrite(str(images / "4.jpg"), np.zeros((64, 81, 3), np.uint8))
-    # Stored on its side, as its EXIF tells: as Detectron2 reads it, it has the right size.
+    # Stored on its side, as its EXIF data says: Detectron2 reads it with the right size.
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 80)).save(images / "5.jpg", exif=exif)
@@ -123,8 +123,8 @@ def test_images(check, data):
     assert f"{images}/4.jpg (is 81 x 64, not 80 x 64)" in line
 
 
-def test_data_set_of_a_function(check):
-    """One without a file, whose records are looked at themselves."""
+def test_dataset_of_a_function(check):
+    """A dataset without a file, whose records are checked directly."""
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": 0, "category_id": 0}
     records = [
         {"file_name": "a.jpg", "width": 9, "height": 9, "annotations": [box]},

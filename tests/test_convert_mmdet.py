@@ -38,7 +38,7 @@ MODELS = {
 def state_dict(name, num_classes=80):
     """Tensors that differ from each other, by MMDetection's names."""
     if not KEYS.is_dir():
-        pytest.skip("needs mmdet_keys in ../shared/data, which this machine has not")
+        pytest.skip("needs mmdet_keys in ../shared/data, which does not exist")
     of_classes = {81: num_classes + 1, 320: 4 * num_classes, 720: 9 * num_classes}
     state = OrderedDict()
     for key, shape in json.loads((KEYS / f"{name}.json").read_text()).items():
@@ -46,14 +46,14 @@ def state_dict(name, num_classes=80):
             shape = [of_classes[shape[0]], *shape[1:]]
         if key.endswith("num_batches_tracked"):
             state[key] = torch.tensor(len(state))
-        else:  # all values differ within the first axis, which the anchors are in
+        else:  # all values differ along the first axis, the one with the anchors
             rows = torch.arange(shape[0], dtype=torch.float32) / 1024 + len(state)
             state[key] = rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)  # small in the file
     return state
 
 
 class Runs:
-    """What pickle calls a function for when it is loaded."""
+    """An object for which pickle calls a function when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -63,7 +63,7 @@ class Runs:
 
 
 class Other:
-    """As the classes of other libraries: cannot be imported where the file is read."""
+    """Like classes of other libraries, it cannot be imported where the file is read."""
 
     def __init__(self, **attributes):
         self.__dict__.update(attributes)
@@ -78,7 +78,7 @@ class Items(list):
 
 
 def beside(marker):
-    """What may lie in a checkpoint beside the weights; two of them write the file ``marker``."""
+    """What a checkpoint may contain beside the weights; two items write the file ``marker``."""
     return {
         "meta": {
             "args": argparse.Namespace(lr=0.02, files=["a.jpg"]),
@@ -117,7 +117,7 @@ def convert(source, output, monkeypatch):
 
 
 def original(name, tensor, is_retinanet):
-    """The name and value in MMDetection of a converted tensor; not by the tool's table."""
+    """MMDetection's name and value of a converted tensor, without using the tool's table."""
     module, parameter = name.rsplit(".", 1)
     first = 3 if is_retinanet else 2
     if found := re.fullmatch(r"backbone\.bottom_up\.res(.)\.(\d+)\.(.+)", module):
@@ -215,7 +215,7 @@ def test_parts_of_large_tensors_are_written_alone():
 
 
 def test_each_anchor_keeps_its_outputs():
-    """MMDetection's anchors, by plain loops in its order, against those of the built model."""
+    """MMDetection's anchors, from plain loops in its order, against those of the built model."""
     cfg = load_config(f"{CONFIGS}/{MODELS[RETINANET]}", ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
     strides = [8, 16, 32, 64, 128]
@@ -259,7 +259,7 @@ def test_pickled_code_is_not_run(save, marker, tmp_path):
 
 
 def test_a_pickle_cannot_change_pytorch(tmp_path):
-    """By setting attributes of a function that it may name."""
+    """By setting attributes of a function that it may refer to."""
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
     state = b"(N(S'__defaults__'\n(I1\ntdt"  # (None, {"__defaults__": (1,)})
     (tmp_path / "file.pth").write_bytes(b"ctorch._utils\n_rebuild_tensor_v2\n" + state + b"b.")
@@ -330,15 +330,15 @@ def drop(state, *names):
         "not tensors": (lambda state: state.update(epoch=3), ["'epoch' is not a tensor"]),
     }.values(),
 )
-def test_what_does_not_fit_is_named(change, parts):
+def test_mismatches_are_named(change, parts):
     state = state_dict(FASTER_RCNN)
     change(state)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         tensors = mmdet.state_dict_of(state)
         recognised = mmdet.recognise(tensors)
         cfg = load_config(f"{CONFIGS}/{recognised.config}", recognised.options)
         mmdet.convert(tensors, recognised, cfg)
-    assert all(part in str(told.value) for part in parts), told.value
+    assert all(part in str(error.value) for part in parts), error.value
 
 
 @pytest.fixture(scope="module")

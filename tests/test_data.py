@@ -1,4 +1,4 @@
-"""Data sets: loading, what is dropped, what is refused, and the generated shapes."""
+"""Datasets: loading, what is dropped, what is refused, and the generated shapes."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from .conftest import run_program
 
 @pytest.fixture
 def name():
-    """A name for a data set, free again after the test."""
+    """A name for a dataset, available again after the test."""
     yield "test_data"
     if "test_data" in DatasetCatalog:
         DatasetCatalog.remove("test_data")
@@ -52,7 +52,7 @@ def dataset(**changes):
     }
 
 
-def test_numbers_of_categories_are_no_matter_for_a_warning(tmp_path, name, caplog):
+def test_renumbered_categories_cause_no_warning(tmp_path, name, caplog):
     annotation = {"id": 7, "image_id": 1, "category_id": 5, "bbox": [1, 2, 3, 4], "iscrowd": 0}
     content = dataset(annotations=[annotation], categories=[{"id": 5, "name": "thing"}])
     json_file = write(tmp_path / "a.json", content)
@@ -156,16 +156,16 @@ def test_bccd(bccd_root):
         )
         num_images[split] = len(records)
         num_boxes[split] = sum(len(record["annotations"]) for record in records)
-    # Each split holds one degenerate box.
+    # Each split has one degenerate box.
     assert num_images == {"train": 205, "val": 87}
     assert num_boxes == {"train": 2804, "val": 1137}
 
 
-# The generated data set
+# The generated dataset
 
 
 def test_shapes_are_where_the_boxes_say():
-    """The largest patch of the class's colour fills the box (but for clutter of that colour)."""
+    """The largest patch of the class's colour fills the box (except for clutter of that colour)."""
     errors = []
     config = ShapesConfig(shapes_per_image=(1, 1), shape_size=(30.0, 84.0))
     for seed in range(30):
@@ -197,7 +197,7 @@ def test_shapes_overlap_but_stay_visible_and_vary_in_size():
     assert min(sizes) < 15 and max(sizes) > 70 and overlaps > 20
 
 
-def test_shapes_data_set_is_reproducible_and_complete(tmp_path, monkeypatch):
+def test_shapes_dataset_is_reproducible_and_complete(tmp_path, monkeypatch):
     monkeypatch.setitem(SPLITS, "train", 4)
     monkeypatch.setitem(SPLITS, "val", 2)
     for run in ("a", "b"):
@@ -224,7 +224,7 @@ def test_shapes_data_set_is_reproducible_and_complete(tmp_path, monkeypatch):
     )
 
 
-def test_shapes_never_replace_what_is_not_theirs(tmp_path):
+def test_shapes_never_replace_another_folder(tmp_path):
     folder = tmp_path / "balanced_shapes"
     folder.mkdir()
     (folder / "precious.txt").write_text("keep")
@@ -233,13 +233,13 @@ def test_shapes_never_replace_what_is_not_theirs(tmp_path):
     assert (folder / "precious.txt").read_text() == "keep"
 
 
-def test_shapes_in_a_folder_that_cannot_be_written(tmp_path):
+def test_shapes_in_a_folder_that_is_not_writable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="set DETECTRON2_DATASETS to a folder"):
         ensure_shapes(str(tmp_path / "file" / "balanced_shapes"))
 
 
-def test_names_that_the_user_has_taken_stay_the_users():
+def test_names_taken_by_the_user_are_left_alone():
     program = (
         "from detectron2.data import DatasetCatalog\n"
         "DatasetCatalog.register('bccd_train', lambda: ['mine'])\n"

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from balanced_d2 import load_config
 from balanced_d2.visualization import as_records
 
-from .conftest import DEMO_CONFIG, assert_told, run_program
+from .conftest import DEMO_CONFIG, assert_user_error, run_program
 
 
 @pytest.fixture(autouse=True)
@@ -39,21 +39,21 @@ def detect(run_here, demo):
 
 
 def expected_detections(demo, image, threshold):
-    """Boxes and scores that the model gives, without Detectron2's predictor."""
+    """The model's boxes and scores, without Detectron2's predictor."""
     cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg).eval()
     checkpoint = torch.load(demo / "output" / "model_final.pth", weights_only=True)
     model.load_state_dict(checkpoint["model"])
-    array = read_image(str(image), format="BGR")  # of the size that the demo tests at
+    array = read_image(str(image), format="BGR")  # it has the demo's test size
     with torch.no_grad():
         (output,) = model([{"image": torch.from_numpy(array.transpose(2, 0, 1).copy())}])
-    found = output["instances"]
-    return found[found.scores > threshold]
+    detections = output["instances"]
+    return detections[detections.scores > threshold]
 
 
 @pytest.mark.slow
 def test_as_a_program(demo, images, tmp_path):
-    """In a process, on a folder, with --input just before the options."""
+    """In a process of its own, on a folder, with --input directly before the options."""
     folder = tmp_path / "images"
     folder.mkdir()
     for image in images[:3]:
@@ -102,7 +102,9 @@ def test_names_of_pictures(detect, images, demo, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert names == {images[0].name, f"{images[0].stem}_2.jpg", "image.png"}
     before = images[0].read_bytes()
-    assert_told(detect("--input", images[0], "--output", images[0].parent), "would be replaced")
+    assert_user_error(
+        detect("--input", images[0], "--output", images[0].parent), "would be replaced"
+    )
     assert images[0].read_bytes() == before
 
 
@@ -132,12 +134,14 @@ def test_video(detect, images, demo, tmp_path):
         torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-4)
 
 
-def test_what_cannot_be_read_does_not_stop_the_others(detect, images, tmp_path):
+def test_an_unreadable_input_does_not_stop_the_others(detect, images, tmp_path):
     for name in ("broken.jpg", "broken.mp4"):
         (tmp_path / name).write_text("no image")
     inputs = [tmp_path / "broken.jpg", images[0], tmp_path / "broken.mp4"]
     result = detect("--input", *inputs, "--output", tmp_path / "out")
-    assert_told(result, f"cannot read the image {inputs[0]}", f"cannot read the video {inputs[2]}")
+    assert_user_error(
+        result, f"cannot read the image {inputs[0]}", f"cannot read the video {inputs[2]}"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [images[0].name]
     assert "1 of 3 input(s)" in result.stdout
 
@@ -165,23 +169,23 @@ def test_mistakes(detect, images, tmp_path, arguments, parts):
     places = {"tmp": tmp_path, "image": images[0]}
     arguments = [argument.format(**places) for argument in arguments]
     result = detect("--output", tmp_path / "out", *arguments)
-    assert_told(result, *parts)
+    assert_user_error(result, *parts)
     assert not list((tmp_path / "out").glob("*"))
 
 
 def test_without_a_screen(detect, images, monkeypatch, run_here, tmp_path):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    assert_told(detect("--input", images[0]), "no screen", "--output DIR")
-    assert_told(detect("--input", images[0], "--json"), "--json", "--output")
+    assert_user_error(detect("--input", images[0]), "no screen", "--output DIR")
+    assert_user_error(detect("--input", images[0], "--json"), "--json", "--output")
     monkeypatch.setenv("DISPLAY", ":7")
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                  NONE\n")
-    assert_told(detect("--input", images[0]), "opens no windows", "--output DIR")
+    assert_user_error(detect("--input", images[0]), "opens no windows", "--output DIR")
     lazy = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.py"
     arguments = ("--config-file", lazy, "--input", images[0], "--output", tmp_path)
-    assert_told(run_here("demo.py", *arguments), "takes YAML configs")
+    assert_user_error(run_here("demo.py", *arguments), "needs a YAML config")
     arguments = ("--config-file", DEMO_CONFIG, "--input", images[0], "--output", tmp_path)
-    assert_told(run_here("demo.py", *arguments), "nothing to draw", "MODEL.WEIGHTS")
+    assert_user_error(run_here("demo.py", *arguments), "nothing to draw", "MODEL.WEIGHTS")
 
 
 def test_records_with_masks_and_keypoints():

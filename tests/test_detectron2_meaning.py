@@ -1,4 +1,4 @@
-"""What Detectron2's own programs carry out, ours carries out, or refuses at the start."""
+"""Everything that Detectron2's own programs support is supported here, or refused at the start."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ from balanced_d2.evaluation import build_evaluator
 from balanced_d2.evaluation.evaluators import check_packages
 from balanced_d2.utils.errors import StopTraining, UserError
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_told, logged
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_user_error, logged
 
 LAZY = str(ROOT / "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.py")
 
@@ -41,7 +41,7 @@ def run(json_file, output, *options):
 
 @pytest.fixture
 def registered():
-    """Registers data sets for the time of a test."""
+    """Register datasets for the duration of a test."""
     names = []
 
     def register(name, records, **metadata):
@@ -56,7 +56,7 @@ def registered():
 
 
 def records(categories):
-    """An image for each entry, with one object of each of its categories."""
+    """An image for each entry, with one object for each of its categories."""
     return [
         {
             "file_name": f"{index}.jpg",
@@ -88,7 +88,7 @@ def test_test_time_augmentation(tiny_coco, tmp_path, train_net_here):
     detections = json.loads((tmp_path / "a/inference_TTA/coco_instances_results.json").read_text())
     plain = json.loads((tmp_path / "a/inference/coco_instances_results.json").read_text())
     assert detections and detections != plain
-    # Repeated by --eval-only.
+    # --eval-only gives the same result.
     weights = ("MODEL.WEIGHTS", tmp_path / "a/model_final.pth")
     evaluate = ["--eval-only", *run(tiny_coco, tmp_path / "b", *augmented, *weights)]
     assert train_net_here(*evaluate).returncode == 0
@@ -104,7 +104,7 @@ def test_test_time_augmentation(tiny_coco, tmp_path, train_net_here):
         ("MODEL.LOAD_PROPOSALS", "True"),
     ],
 )
-def test_test_time_augmentation_of_models_that_have_none(opts):
+def test_test_time_augmentation_is_refused_if_unsupported(opts):
     cfg = load_config("", ["TEST.AUG.ENABLED", "True", "DATASETS.TEST", "('a',)", *opts])
     for train in (True, False):
         with pytest.raises(UserError, match=f"TEST.AUG.ENABLED.*{opts[0]}"):
@@ -116,7 +116,7 @@ def test_test_time_augmentation_of_models_that_have_none(opts):
 
 @pytest.mark.slow
 def test_resume_with_precise_bn_is_exact(tiny_coco, tmp_path, train_net_here):
-    """Its statistics are taken from images of their own, whose order goes on."""
+    """Its statistics come from images of their own, whose order continues."""
     options = [
         *("MODEL.FPN.NORM", "BN", "TEST.PRECISE_BN.ENABLED", "True", "TEST.EVAL_PERIOD", "2"),
         *("TEST.PRECISE_BN.NUM_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "-1"),
@@ -142,7 +142,7 @@ def test_resume_with_precise_bn_is_exact(tiny_coco, tmp_path, train_net_here):
 
 
 def shares(cfg, images, num_draws=40_000):
-    """How often each image is drawn, and by which sampler."""
+    """The share of draws of each image, by the config's sampler."""
     sampler = iter(SAMPLERS[cfg.DATALOADER.SAMPLER_TRAIN](cfg, images)(3))
     counts = torch.bincount(
         torch.tensor([next(sampler) for _ in range(num_draws)]), minlength=len(images)
@@ -171,7 +171,7 @@ def test_repeat_factors(sqrt):
 
 
 @pytest.mark.parametrize("by_category", [True, False])
-def test_weights_of_data_sets(by_category, registered):
+def test_weights_of_datasets(by_category, registered):
     registered("first", records(CATEGORIES), thing_classes=["a", "b", "c"])
     registered("second", records([[0], [0]]), thing_classes=["a", "b", "c"])
     name = "WeightedCategoryTrainingSampler" if by_category else "WeightedTrainingSampler"
@@ -241,21 +241,21 @@ def batches(number, grouping, as_process, rank=0, world_size=1, make_sampler=Non
 
 @pytest.mark.parametrize("grouping", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_the_batches_of_one(grouping, world_size, as_process):
+def test_processes_divide_the_batches_of_a_single_process(grouping, world_size, as_process):
     alone, files = batches(8, grouping, as_process)
     assert alone == files
     shared = [batches(8, grouping, as_process, r, world_size) for r in range(world_size)]
     together = [[name for part in parts for name in part] for parts in zip(*(s[0] for s in shared))]
     assert [sorted(batch) for batch in together] == [sorted(batch) for batch in alone]
     assert all(len(part) == 6 // world_size for s in shared for part in s[0])
-    # A loss that is not finite is reported by one of them, with the images of all.
+    # Any process can report a loss that is not finite, with the images of all.
     assert all(s[1] == alone for s in shared)
     if grouping:
         tall = {f"{index}.jpg" for index in range(0, 11, 3)}
         assert all(set(batch) <= tall or not set(batch) & tall for batch in alone)
 
 
-def test_a_sampler_of_the_users_in_several_processes(as_process):
+def test_a_users_sampler_in_several_processes(as_process):
     def make_sampler(seed):
         return iter([*range(11)] * 9)
 
@@ -268,14 +268,14 @@ def test_a_sampler_of_the_users_in_several_processes(as_process):
 
 
 class Marker:
-    """In a record, to be counted."""
+    """An object in a record, for counting copies."""
 
 
 @pytest.mark.parametrize(
     "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler"]
 )
 def test_no_second_copy_of_the_records_is_kept(sampler, registered):
-    """The loader has them as one block of bytes."""
+    """The loader stores them as one block of bytes."""
     marked = [{**record, "marker": Marker()} for record in records(CATEGORIES)]
     registered("marked", marked, thing_classes=["a", "b", "c"])
     options = ["DATASETS.TRAIN", "('marked',)", "DATALOADER.SAMPLER_TRAIN", sampler, "SEED", "1"]
@@ -294,8 +294,8 @@ def one_class(record):
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_classes_changed_by_a_mapper(mapped, tiny_coco):
-    """A detector of one class from data of two; without the mapper it would not be trained on
-    the second, which counts as background."""
+    """A detector of one class, trained on data with two; without the mapper, the second class would
+    count as background."""
     register_coco("two_classes", str(tiny_coco), str(tiny_coco.parent / "images"))
     options = ["DATASETS.TRAIN", "('two_classes',)", "MODEL.ROI_HEADS.NUM_CLASSES", "1"]
     options += ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
@@ -312,7 +312,7 @@ def test_classes_changed_by_a_mapper(mapped, tiny_coco):
         MetadataCatalog.pop("two_classes", None)
 
 
-# The end of a training
+# The end of training
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def test_an_error_in_the_last_iteration_is_not_followed_by_the_evaluation(
         *run(tiny_coco, tmp_path / "output", "DATASETS.TRAIN", "('empty',)"),
         *("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()"),
     )
-    assert_told(result, "empty.jpg")
+    assert_user_error(result, "empty.jpg")
     assert "Start inference" not in result.stdout
 
 
@@ -349,7 +349,7 @@ class Counting(DatasetEvaluator):
 
 
 def test_the_evaluator_of_a_subclass(registered, tiny_coco):
-    """For a data set whose type nobody else knows."""
+    """For a dataset of a type that no other evaluator supports."""
 
     class Trainer(BalancedTrainer):
         @classmethod
@@ -370,9 +370,9 @@ def test_the_evaluator_of_a_subclass(registered, tiny_coco):
 
 
 def write_stuff(folder, json_file):
-    """Records for semantic segmentation: the class of each pixel in an image of its own."""
+    """Records for semantic segmentation, with the class of each pixel in a separate image."""
     images = json.loads(json_file.read_text())["images"]
-    found = []
+    records = []
     for image in images:
         labels = np.zeros((image["height"], image["width"]), np.uint8)
         labels[:, : image["width"] // 2] = 1
@@ -380,10 +380,10 @@ def write_stuff(folder, json_file):
         cv2.imwrite(str(file), labels)
         name = str(json_file.parent / "images" / image["file_name"])
         sizes = {"height": image["height"], "width": image["width"]}
-        found.append(
+        records.append(
             {"file_name": name, "image_id": image["id"], "sem_seg_file_name": str(file), **sizes}
         )
-    return found
+    return records
 
 
 @pytest.mark.slow
@@ -461,13 +461,13 @@ def test_train_of_a_lazy_config(lazy_data, tiny_coco, tmp_path):
     trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, hooks.EvalHook)]
     trainer.train()
     assert [line["iteration"] for line in logged(tmp_path)] == [2, 5]
-    # The last of a period, and the one at the end, which does not count.
+    # The latest periodic checkpoint, and the final one, which does not count.
     kept = sorted(path.name for path in tmp_path.glob("*.pth"))
     assert kept == ["model_0000005.pth", "model_final.pth"]
 
 
 class Small(nn.Module):
-    """A model that learns something from any image."""
+    """A model that can be trained on any image."""
 
     def __init__(self, num_classes, input_format):
         super().__init__()
@@ -503,13 +503,13 @@ def test_the_evaluator_of_a_lazy_config(lazy_data, tiny_coco, tmp_path):
     lazy.dataloader.evaluator = {"_target_": f"{__name__}.Counting"}
     cfg = trainer_config(lazy)
     assert LazyTrainer.test(cfg, LazyTrainer.build_model(cfg).eval())["counted"]["images"] == 6
-    del lazy.dataloader["evaluator"]  # then by the type of the data set
+    del lazy.dataloader["evaluator"]  # then chosen by the type of the dataset
     evaluator = LazyTrainer.build_evaluator(trainer_config(lazy), "lazy_tiny", str(tmp_path))
     assert type(evaluator).__name__ == "_COCOEvaluator"
 
 
 def test_lazy_configs_have_what_detectron2s_program_reads():
-    """``lazyconfig_train_net.py`` reads these, and passes the first two on as they are."""
+    """``lazyconfig_train_net.py`` reads these, and passes the first two on unchanged."""
     for file in sorted((ROOT / "configs/COCO-Detection").glob("*.py")):
         lazy = load_lazy_config(str(file))
         assert set(lazy.train.ddp) <= {

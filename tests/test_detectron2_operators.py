@@ -40,7 +40,7 @@ def random_boxes(number, generator=None, size=100.0):
 
 
 def corners(box):
-    """Of one box, as points: the definition of Detectron2's angle (counter-clockwise, y down)."""
+    """The corners of a box, by the definition of Detectron2's angle (counter-clockwise, y down)."""
     x, y, width, height, angle = map(float, box)
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     signs = [(1, 1), (1, -1), (-1, -1), (-1, 1)]
@@ -89,7 +89,7 @@ def test_iou_of_random_boxes():
         torch.testing.assert_close(ious, expected, atol=tolerance, rtol=0, check_dtype=False)
 
 
-# Coordinates that meet: shared corners, edges and centers, which random ones never have.
+# Coordinates that coincide: shared corners, edges and centers, which random boxes never have.
 coordinate = st.integers(-4, 4).map(float)
 side = st.integers(1, 6).map(float)
 angle = st.sampled_from([0.0, 30.0, 45.0, 90.0, -90.0, 180.0, 270.0, 450.0])
@@ -116,7 +116,7 @@ def test_iou_of_upright_boxes_is_that_of_torchvision():
 
 
 def test_iou_within_a_larger_box_ties():
-    """The matcher takes all anchors of the highest IoU: rounding must not choose among them."""
+    """The matcher takes all anchors with the highest IoU: rounding must not choose among them."""
     truth = torch.tensor([[10.0, 12, 4, 2, 0]])
     anchors = torch.tensor(
         [[10 + x, 12 + y, 64, 32, 0] for x in range(-9, 9) for y in range(-9, 9)]
@@ -170,7 +170,7 @@ def test_nms(threshold):
 
 
 def test_nms_of_a_long_chain():
-    """Each box suppresses the next alone: every second stays, which takes as many steps."""
+    """Each box suppresses only the next: every second one is kept, which takes that many steps."""
     boxes = torch.tensor([[10.0 * i, 0, 15, 10, 0] for i in range(60)])
     scores = torch.linspace(1, 0.1, 60)
     assert nms_rotated(boxes, scores, 0.15).tolist() == list(range(0, 60, 2))
@@ -198,7 +198,7 @@ def test_nms_of_nothing_and_by_class():
 
 
 def interpolated(image, y, x):
-    """Of one channel, as a plain loop has it: 0 beyond one pixel outside."""
+    """Interpolate one channel at one point; 0 more than one pixel outside."""
     height, width = image.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
@@ -289,7 +289,7 @@ def test_roi_align_refuses_negative_sizes():
 def reference_deform_conv(
     image, offset, mask, weight, stride, padding, dilation, groups, offset_groups
 ):
-    """One image in plain loops: each sample of the kernel is taken where its offset says."""
+    """One image in plain loops: each kernel sample is taken at the position given by its offset."""
     out_channels, in_per_group, kernel_height, kernel_width = weight.shape
     _, height, width = image.shape
     out_height, out_width = offset.shape[1:]
@@ -360,7 +360,7 @@ def test_deform_conv_of_an_empty_batch_and_of_wrong_shapes():
 
 
 def zoo_config():
-    from detectron2 import model_zoo  # which main's cannot without pkg_resources
+    from detectron2 import model_zoo  # on main, this import needs pkg_resources
 
     return model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
 

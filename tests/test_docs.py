@@ -1,7 +1,7 @@
-"""Every command and every piece of Python in the README and the other pages is run as it stands.
+"""Every command and every piece of Python in the README and the other pages is run unchanged.
 
-In order and in one folder, as a reader would: the pages after the README use what it has made. Only
-trainings and measurements are made short, by programs in front of Python's and PyTorch's own.
+They run in order and in one folder, as for a reader: later pages use the README's results. Only
+training and measurements are shortened, by wrappers around `python` and `torchrun`.
 """
 
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "CHANGELOG.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 MARK = "not run by the tests: "
-# What cannot be had on this machine, or is run otherwise.
+# For what is not available on this machine, or is run elsewhere.
 REASONS = "needs |it runs them|takes (half an hour|four hours)|it serves until it is stopped"
 
 
@@ -45,7 +45,7 @@ def blocks(page):
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
-# In front of `python` and `torchrun`: the same, but short.
+# Wrapper around `python` and `torchrun`, with options that make the programs short.
 SHORT = """#!/bin/bash
 case "$*" in
     *benchmark.py*) short=(--turns 1 --scale 0.05 --only parts) ;;
@@ -59,8 +59,8 @@ exec {program} "$@" "${{short[@]}}"
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A folder that looks like a clone of the project in which `make setup` has run, with the data
-    that the pages speak of; and the environment to run commands in it."""
+    """A folder that looks like a clone of the project after `make setup`, with the data that the
+    pages mention; and the environment for running commands in it."""
     folder = tmp_path_factory.mktemp("reader") / "balanced_d2"
     folder.mkdir()
     for path in ROOT.iterdir():
@@ -90,9 +90,9 @@ def reader(tmp_path_factory):
         **{k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"},
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        # pip says what it would install, and leaves the environment as it is.
+        # pip says what it would install, but does not change the environment.
         "PIP_DRY_RUN": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way of saying that there is none
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way of switching it off
         "OMP_NUM_THREADS": "1",
     }
     return folder, environment
@@ -118,16 +118,16 @@ def test_block(reader, block):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
-def test_what_is_not_run_is_marked_with_a_reason():
+def test_blocks_that_are_not_run_have_a_reason():
     assert len(BLOCKS) > 20
     for block in BLOCKS:
         assert re.match(REASONS, block.why_not) or not block.why_not, block.place
-    # Of commands, most are run.
+    # Most blocks are run.
     assert sum(bool(block.why_not) for block in BLOCKS) <= len(BLOCKS) / 3
 
 
 def targets(page):
-    """The links of a page to files and pictures of the project."""
+    """A page's links to files and pictures of the project."""
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target:
@@ -142,7 +142,7 @@ def test_links_and_pictures(page):
         assert file.is_file(), target
         if heading:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            # As GitHub makes them.
+            # In GitHub's form.
             anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
             assert heading in anchors, target
         if file.suffix in (".png", ".webp"):

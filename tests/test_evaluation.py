@@ -14,7 +14,7 @@ from balanced_d2.utils.errors import UserError
 
 @pytest.fixture
 def dataset(tiny_coco):
-    """Registers the tiny data set as one of a given evaluator_type; yields its annotations."""
+    """Register the tiny dataset with a given evaluator_type; return its annotations."""
 
     def register(evaluator_type, **metadata):
         MetadataCatalog.get("test_evaluation").set(
@@ -33,7 +33,7 @@ def dataset(tiny_coco):
 
 
 def perfect_detections(content):
-    """Model inputs and outputs that find just the ground truth."""
+    """Model inputs and outputs that detect exactly the ground truth."""
     for image in content["images"]:
         annotations = [a for a in content["annotations"] if a["image_id"] == image["id"]]
         boxes = torch.tensor([a["bbox"] for a in annotations]).float()
@@ -111,7 +111,7 @@ def test_pascal_voc(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("evaluator_type", ["segmentation", None])
-def test_not_for_detection(dataset, evaluator_type):
+def test_unsupported_evaluator_type(dataset, evaluator_type):
     dataset(evaluator_type)
     with pytest.raises(UserError, match="'test_evaluation' cannot be evaluated"):
         build_evaluator("test_evaluation", "output")

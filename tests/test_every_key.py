@@ -19,15 +19,15 @@ from balanced_d2.engine.wandb import start_wandb
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL
 
-# Keys that are not read as an attribute, and why that is right.
+# Keys that are not read as attributes, and the reason.
 NOT_READ = {
-    "VERSION": "Detectron2 reads it of a file, to bring old keys up to date",
-    "GLOBAL.HACK": "for experiments of users; Detectron2 itself reads it nowhere",
-    "CUDNN_BENCHMARK": "default_setup reads it of the dump: the test below",
-    "FLOAT32_PRECISION": "default_setup reads it of the dump, on main only: the test below",
+    "VERSION": "Detectron2 reads it from a file, to update old keys",
+    "GLOBAL.HACK": "for users' experiments; Detectron2 itself never reads it",
+    "CUDNN_BENCHMARK": "default_setup reads it from the dump: see the test below",
+    "FLOAT32_PRECISION": "default_setup reads it from the dump, only on main: see the test below",
 }
 
-# Models and loaders that read what others do not.
+# Models and loaders that read keys that others do not.
 VARIANTS = {
     "R-CNN with everything": ["MODEL.MASK_ON", "True", "MODEL.KEYPOINT_ON", "True"],
     "plain backbone": ["MODEL.BACKBONE.NAME", "build_balanced_fpn_backbone"],
@@ -66,7 +66,7 @@ def flat(node, prefix=""):
 
 
 def paths_by_keys(node, prefix=""):
-    """Where each node is, by its keys: clones have the same."""
+    """The path of each node, by its keys, which clones share."""
     yield frozenset(node), prefix
     for key, value in node.items():
         if isinstance(value, CfgNode):
@@ -111,7 +111,7 @@ def options(tmp_path, *more):
 
 
 def train(tmp_path, *more):
-    """As train_net.py does."""
+    """Train like train_net.py."""
     args = argparse.Namespace(
         config_file=str(ROOT / TINY_CONFIG),
         opts=options(tmp_path, *more),
@@ -149,7 +149,7 @@ def test_every_key_is_read(read, data, tmp_path, monkeypatch):
             GeneralizedRCNNWithTTA(cfg, model)
     proposals = options(tmp_path, "MODEL.LOAD_PROPOSALS", "True")
     cfg = load_config(config_file, proposals)
-    with pytest.raises(AssertionError):  # there are none, but they are asked for
+    with pytest.raises(AssertionError):  # there are none, but the loader needs them
         TrainLoader(cfg)
     DatasetMapper(cfg, is_train=True)
     DatasetMapper(cfg, is_train=False)

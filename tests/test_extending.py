@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of new samplers, losses and refinements, done from outside."""
+"""CONTRIBUTING.md's instructions for new samplers, losses and refinements, outside the package."""
 
 import re
 
@@ -58,7 +58,7 @@ def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
     assert result.returncode == 0, result.stderr
     used = {path.stem for path in tmp_path.glob("*.used")}
     assert used == (set(names) if suffix else set())
-    # The hardest are taken first: none is left over in the last bin while the first gives any.
+    # The hardest are sampled first: if any are from the first bin, the last bin is used up.
     last = logged(tmp_path / "output")[-1]
     if last["roi_head/num_neg_bin0"] > 0:
         bin2 = (last[f"roi_head/num_neg_bin2{end}"] for end in ("", "_available"))
@@ -91,7 +91,7 @@ def test_trainer_of_contributing(tiny_coco, tmp_path):
         ("MODEL.BALANCED_FPN.REFINE_TYPE", REFINEMENTS),
     ],
 )
-def test_an_unknown_name_is_refused_with_those_that_there_are(key, registry):
+def test_an_unknown_name_is_refused_and_the_known_ones_listed(key, registry):
     cfg = load_config(str(ROOT / TINY_CONFIG), [*TINY_MODEL, key, "hardest_furst"])
     cfg.MODEL.DEVICE = "meta"
     with pytest.raises(UserError) as error:

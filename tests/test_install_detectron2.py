@@ -15,7 +15,7 @@ import zipfile
 
 import pytest
 
-from .conftest import ROOT, assert_told, run_program
+from .conftest import ROOT, assert_user_error, run_program
 
 SCRIPT = ROOT / "tools" / "install_detectron2.py"
 INSTALLATION = ROOT / "balanced_d2" / "installation"
@@ -36,7 +36,7 @@ def bare_python(tmp_path_factory):
 
 @pytest.fixture
 def torch_only_python(bare_python, tmp_path):
-    """The same, with modules of the names that the installer needs before it downloads."""
+    """The same, with dummies of the modules that the installer needs before it downloads."""
     for name in ("torch", "setuptools"):
         (tmp_path / "modules" / name).mkdir(parents=True)
         (tmp_path / "modules" / name / "__init__.py").touch()
@@ -77,7 +77,7 @@ def test_does_nothing_where_detectron2_imports():
 
 
 def test_without_torch(bare_python):
-    assert_told(run_installer(bare_python), "torch is not installed", "pip install torch")
+    assert_user_error(run_installer(bare_python), "torch is not installed", "pip install torch")
     assert_not_installed(bare_python)
 
 
@@ -86,12 +86,12 @@ def test_wrong_checksum(torch_only_python, tmp_path):
     archive = tmp_path / "pb1-detectron2-0.6.tar.gz"
     archive.write_bytes(b"something else")
     result = run_installer(python, "--archive", archive, **env)
-    assert_told(result, "wrong checksum", str(archive), installer.SHA256)
+    assert_user_error(result, "wrong checksum", str(archive), installer.SHA256)
     assert_not_installed(python)
 
 
 def test_wrong_checksum_from_the_index(torch_only_python, tmp_path):
-    """An index that serves another archive: pip refuses before anything in it runs."""
+    """If an index serves another archive, pip refuses it before anything in it runs."""
     python, env = torch_only_python
     ran = tmp_path / "ran"
     content = f"open({str(ran)!r}, 'w')".encode()
@@ -102,7 +102,7 @@ def test_wrong_checksum_from_the_index(torch_only_python, tmp_path):
     with tarfile.open(links / "pb1-detectron2-0.6.tar.gz", "w:gz") as tar:
         tar.addfile(info, io.BytesIO(content))
     env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links), "PIP_CONFIG_FILE": "/dev/null"}
-    assert_told(run_installer(python, **env), "wrong checksum", installer.SHA256)
+    assert_user_error(run_installer(python, **env), "wrong checksum", installer.SHA256)
     assert not ran.exists()
     assert_not_installed(python)
 
@@ -115,13 +115,15 @@ def test_without_network(torch_only_python):
         "PIP_CONFIG_FILE": "/dev/null",
     }
     result = run_installer(python, **env)
-    assert_told(result, "could not download", "is there a network?")
+    assert_user_error(result, "could not download", "is there a network?")
     assert_not_installed(python)
 
 
 def test_missing_archive(torch_only_python, tmp_path):
     python, env = torch_only_python
-    assert_told(run_installer(python, "--archive", tmp_path / "gone.tar.gz", **env), "gone.tar.gz")
+    assert_user_error(
+        run_installer(python, "--archive", tmp_path / "gone.tar.gz", **env), "gone.tar.gz"
+    )
 
 
 def test_substitutions_apply_exactly_or_are_named(tmp_path):
@@ -148,7 +150,7 @@ def test_substitutions_apply_exactly_or_are_named(tmp_path):
     assert "gone.py: to be replaced, but not there" in str(error.value)
 
 
-def test_the_wheel_is_the_one_that_this_version_makes():
+def test_the_installed_wheel_is_from_this_version():
     version, is_ours = installer.installed_detectron2()
     if not is_ours:
         pytest.skip("another Detectron2 is installed")
@@ -166,7 +168,7 @@ def test_the_wheel_is_the_one_that_this_version_makes():
 
 @pytest.fixture
 def site_packages(tmp_path):
-    """A new virtual environment without pip: its Python, and where its packages are."""
+    """A new virtual environment without pip: its Python, and its folder of packages."""
     venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     (folder,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
@@ -187,17 +189,17 @@ MISSING_LIBRARY = (
 )
 
 
-def test_an_import_that_fails_is_that_of_the_package_that_fails(site_packages):
+def test_a_failing_import_names_the_package_that_fails(site_packages):
     python, folder = site_packages
     write_package(folder, "detectron2", "import fvcore\n__version__ = '0.6'", version="0.6")
     write_package(folder, "fvcore", "import cv2")
     write_package(folder, "cv2", MISSING_LIBRARY)
     result = run_installer(python)
-    assert_told(result, "cv2 fails", "libxcb.so.1", "pip install opencv-python-headless")
+    assert_user_error(result, "cv2 fails", "libxcb.so.1", "pip install opencv-python-headless")
     (folder / "cv2" / "__init__.py").write_text("import nowhere")
-    assert_told(run_installer(python), "what cv2 needs", "No module named 'nowhere'")
+    assert_user_error(run_installer(python), "what cv2 needs", "No module named 'nowhere'")
     (folder / "cv2" / "__init__.py").write_text("import os; os.kill(os.getpid(), 11)")
-    assert_told(run_installer(python), "detectron2 fails", "signal 11")
+    assert_user_error(run_installer(python), "detectron2 fails", "signal 11")
     (folder / "cv2" / "__init__.py").write_text("")
     result = run_installer(python)
     assert result.returncode == 0 and "0.6 is already installed" in result.stdout
@@ -206,18 +208,18 @@ def test_an_import_that_fails_is_that_of_the_package_that_fails(site_packages):
 def test_a_wheel_of_another_version_of_the_program_is_replaced(site_packages):
     python, folder = site_packages
     write_package(folder, "detectron2", version="0.6+pure.r00000000")
-    assert_told(run_installer(python), "torch is not installed")  # it has begun to install
+    assert_user_error(run_installer(python), "torch is not installed")  # it has started to install
     assert (folder / "detectron2").exists()
 
 
-def test_what_an_interrupted_installation_left_is_removed(site_packages):
+def test_leftovers_of_an_interrupted_installation_are_removed(site_packages):
     python, folder = site_packages
     write_package(folder, "detectron2", version="0.6+pure.r00000000")
     write_package(folder, "other", version="1.0")
     (folder / "install_detectron2_unfinished").touch()
     result = run_installer(python)
     assert "removing what an interrupted installation left" in result.stdout
-    assert_told(result, "torch is not installed")
+    assert_user_error(result, "torch is not installed")
     assert sorted(path.name for path in folder.iterdir()) == ["other", "other-1.0.dist-info"]
 
 
@@ -261,7 +263,7 @@ def distributions(python):
 
 
 @pytest.mark.slow
-def test_opencv_without_its_libraries_gives_way_to_headless(opencv_index, capsys):
+def test_opencv_without_its_libraries_is_replaced_by_headless(opencv_index, capsys):
     folder, python, pip = opencv_index
     write_wheel(folder, "opencv-python", MISSING_LIBRARY)
     write_wheel(folder, "opencv-python-headless", "")
@@ -272,18 +274,18 @@ def test_opencv_without_its_libraries_gives_way_to_headless(opencv_index, capsys
     (line,) = capsys.readouterr().out.splitlines()
     for part in ("libxcb.so.1", "demo.py without --output", "--webcam", "apt-get install libgl1"):
         assert part in line
-    # What brings it back, such as another package that asks for it by name, is settled again.
+    # If it comes back, for example as a requirement of another package, it is replaced again.
     subprocess.run([*pip, "opencv-python"], check=True)
     set_up.install_opencv(python, pip, "5.0")
     assert "opencv-python" not in distributions(python)
     assert installer.import_failure(python, "cv2") is None
-    # Where it imports, nothing changes.
+    # If it imports, nothing changes.
     set_up.install_opencv(python, pip, "5.0")
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_opencv_that_imports_in_no_build_says_what_to_install(opencv_index):
+def test_if_no_opencv_imports_the_message_says_what_to_install(opencv_index):
     folder, python, pip = opencv_index
     write_wheel(folder, "opencv-python", MISSING_LIBRARY)
     write_wheel(folder, "opencv-python-headless", MISSING_LIBRARY)
@@ -305,7 +307,7 @@ def test_opencv_that_fails_otherwise_is_left_alone(opencv_index):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The steps of set-up, which are noted down instead of run; the step to fail at."""
+    """The steps of set-up, which are recorded instead of run, and the steps that fail."""
     done, fail_at = [], []
 
     def run_step(what, command):
@@ -320,7 +322,7 @@ def steps(monkeypatch):
     return done, fail_at
 
 
-def test_an_interrupted_set_up_is_begun_again(steps, tmp_path):
+def test_an_interrupted_set_up_starts_again(steps, tmp_path):
     done, fail_at = steps
     folder = tmp_path / "with a space" / ".venv"
     fail_at.append("install Detectron2")
@@ -332,7 +334,7 @@ def test_an_interrupted_set_up_is_begun_again(steps, tmp_path):
     set_up.set_up(folder, [])
     assert (folder / ".ready").exists() and not (folder / "half").exists()
     assert done.count("make the virtual environment") == 2
-    # One that is ready is brought up to date as it stands.
+    # An environment that is ready is updated in place.
     (folder / "mine").touch()
     done.clear()
     set_up.set_up(folder, [])
@@ -340,7 +342,7 @@ def test_an_interrupted_set_up_is_begun_again(steps, tmp_path):
     assert (folder / ".ready").exists() and (folder / "mine").exists()
 
 
-def test_an_environment_of_the_users_is_left_alone(steps, tmp_path):
+def test_a_users_environment_is_left_alone(steps, tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(installer.InstallError, match="not from a set-up of this project"):
         set_up.set_up(tmp_path, [])
@@ -349,7 +351,7 @@ def test_an_environment_of_the_users_is_left_alone(steps, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_and_failures_of_set_up_are_one_line(tmp_path):
-    """With pip arguments that let the first download fail, or hang until Ctrl-C."""
+    """With pip arguments that make the first download fail, or hang until Ctrl-C."""
     command = [sys.executable, str(INSTALLATION / "set_up.py"), "--venv", str(tmp_path / "env")]
     environment = {
         **os.environ,
@@ -364,8 +366,8 @@ def test_ctrl_c_and_failures_of_set_up_are_one_line(tmp_path):
         env=environment,
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    told = [line for line in result.stderr.splitlines() if line.startswith("set-up: error:")]
-    assert len(told) == 1 and "could not install requirements.txt" in told[0]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("set-up: error:")]
+    assert len(errors) == 1 and "could not install requirements.txt" in errors[0]
     assert (tmp_path / "env" / set_up.UNFINISHED).exists()
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -387,14 +389,14 @@ def test_ctrl_c_and_failures_of_set_up_are_one_line(tmp_path):
     assert "Traceback" not in error
 
 
-def test_set_up_tells_an_old_python_that_it_is_one(monkeypatch):
+def test_set_up_refuses_an_old_python(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     with pytest.raises(installer.InstallError, match=r"3\.10\.1; name another one"):
         set_up.check_python()
 
 
-def test_requirements_are_pinned_to_what_set_up_looks_for():
+def test_requirements_have_the_pins_that_set_up_needs():
     assert set_up.pinned_version(ROOT / "requirements.txt", "opencv-python").count(".") >= 2
     names = (ROOT / "requirements.txt").read_text()
-    # It would bring opencv-python back by name, beside opencv-python-headless.
+    # It would install opencv-python again, beside opencv-python-headless.
     assert "\nlvis" not in names

@@ -1,4 +1,4 @@
-"""Whole models: every config builds, and with all balances off they are Detectron2's own."""
+"""Whole models: every config builds, and with all balances off the model is Detectron2's own."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ def losses(model, seed=11):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_builds(name):
     cfg = config(name, "MODEL.DEVICE", "meta")
-    with torch.device("meta"):  # parameters without values, which would take their time
+    with torch.device("meta"):  # parameters without values, to save time
         model = build_model(cfg)
     balances = [isinstance(model.backbone, BalancedFPN)]
     if isinstance(model, BalancedRetinaNet):
@@ -116,7 +116,7 @@ def test_adding_the_config_changes_no_default():
     add_balanced_config(cfg)
     after = dict(flat(cfg))
     assert before.items() <= after.items()
-    # Detectron2 reads the first two without a default, and has the third on main only.
+    # Detectron2 reads the first two without a default, and has the third only on main.
     detectron2s = {
         "DATALOADER.RANDOM_SUBSET_RATIO": 1.0,
         "DATASETS.TRAIN_REPEAT_FACTOR": [],
@@ -204,7 +204,7 @@ def test_balanced_model_trains_every_parameter(refine_type, positive_sampler):
             *("MODEL.ROI_HEADS.POSITIVE_SAMPLER", positive_sampler),
         )
     )
-    if refine_type == "non_local":  # which starts as the identity, where the others get no gradient
+    if refine_type == "non_local":  # starts as the identity, so the others get no gradient
         torch.nn.init.normal_(model.backbone.balancer.refine.conv_out.weight)
     sum(losses(model).values()).backward()
     for name, parameter in model.named_parameters():
@@ -298,16 +298,16 @@ def test_unknown_box_loss():
         (["MODEL.META_ARCHITECTURE", "RCNN"], "MODEL.META_ARCHITECTURE: there is no 'RCNN'"),
     ],
 )
-def test_names_that_do_not_fit(opts, message):
+def test_unknown_names(opts, message):
     with pytest.raises(UserError, match=message):
         config(R_18.format("balanced_"), *opts)
 
 
-def test_a_config_that_0_1_0_wrote_means_what_it_meant():
-    """All keys are in it, also those whose defaults have changed since."""
+def test_a_config_written_by_0_1_0_keeps_its_meaning():
+    """It has all keys, including those whose defaults have changed since."""
     old = load_config(str(ROOT / "tests" / "data" / "config_0.1.0.yaml"), ["MODEL.DEVICE", "meta"])
     new = config(R_18.format("balanced_"), "MODEL.DEVICE", "meta")
-    # Of RetinaNet; in 0.1.0 one file turned on the balances of both.
+    # For RetinaNet; in 0.1.0, one file turned on the balances of both.
     new.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "balanced_l1"
     assert json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Packages that only some configs need: what lacks them is told at the start, before any work."""
+"""Packages that only some configs need: a missing one is reported at the start, before any work."""
 
 import runpy
 import sys
@@ -14,7 +14,7 @@ from balanced_d2.config.lazy import load_lazy_config, trainer_config
 from balanced_d2.data.checks.for_model import load
 from balanced_d2.utils.errors import UserError
 
-from .conftest import ROOT, TINY_MODEL, assert_told
+from .conftest import ROOT, TINY_MODEL, assert_user_error
 
 LAZY = "configs/COCO-Detection/balanced_faster_rcnn_R_50_FPN_1x.py"
 MASKS = "configs/COCO-InstanceSegmentation/balanced_mask_rcnn_R_50_FPN_1x.yaml"
@@ -22,7 +22,7 @@ MASKS = "configs/COCO-InstanceSegmentation/balanced_mask_rcnn_R_50_FPN_1x.yaml"
 
 @pytest.fixture
 def without(monkeypatch):
-    """Lets a package be missing."""
+    """Make a package appear to be missing."""
     return lambda module: monkeypatch.setitem(sys.modules, module, None)
 
 
@@ -32,7 +32,7 @@ def test_shapely_for_cropped_polygons(without, tiny_coco, tmp_path, train_net_he
     options = [*TINY_MODEL, "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", "", "SOLVER.STEPS", "()"]
     options += ["DATASETS.TRAIN", "('cropped',)", "DATASETS.TEST", "()"]
     result = train_net_here(*register, *options, "INPUT.CROP.ENABLED", "True", config=MASKS)
-    assert_told(result, "INPUT.CROP.ENABLED", "pip install shapely")
+    assert_user_error(result, "INPUT.CROP.ENABLED", "pip install shapely")
     assert not list(tmp_path.glob("*.pth"))
 
 
@@ -44,7 +44,7 @@ def test_shapely_for_cropped_polygons(without, tiny_coco, tmp_path, train_net_he
         ("INPUT.CROP.ENABLED", "True", "MODEL.MASK_ON", "False"),
     ],
 )
-def test_shapely_is_asked_for_only_where_it_is_used(without, options):
+def test_shapely_is_required_only_if_it_is_used(without, options):
     without("shapely")
     check_crop(load_config(str(ROOT / MASKS), options))
 
@@ -63,7 +63,7 @@ def test_shapely_for_crops_of_a_lazy_config(without):
 @pytest.mark.parametrize(
     "module, advice", [("lvis", "pip install --no-deps lvis"), ("nowhere", "pip install nowhere")]
 )
-def test_a_data_set_whose_loader_lacks_a_package(without, module, advice):
+def test_a_dataset_whose_loader_needs_a_missing_package(without, module, advice):
     without(module)
     DatasetCatalog.register("loaded", lambda: __import__(module))
     try:
@@ -74,8 +74,8 @@ def test_a_data_set_whose_loader_lacks_a_package(without, module, advice):
         MetadataCatalog.pop("loaded", None)
 
 
-def test_opencv_is_told_by_its_own_name(without):
-    """Which of several packages has it is the user's choice; none is required by name."""
+def test_missing_opencv_is_reported_by_its_own_name(without):
+    """The user chooses one of several packages that provide it; none is required by name."""
     without("cv2")
     file = ROOT / "balanced_d2" / "utils" / "requirements.py"
     with pytest.raises(ModuleNotFoundError, match="pip install opencv-python .*headless"):

@@ -1,4 +1,4 @@
-"""tools/plot_*.py, and the numbers that they draw."""
+"""tools/plot_*.py, and the numbers that they plot."""
 
 import csv
 import importlib.util
@@ -33,7 +33,7 @@ from balanced_d2.visualization.sampling_plot import draw_sampling, histogram
 from balanced_d2.visualization.training_plot import draw_training
 from balanced_d2.visualization.validation_images import ValidationImages
 
-from .conftest import DEMO_CONFIG, assert_told
+from .conftest import DEMO_CONFIG, assert_user_error
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def assert_is_picture(path):
 
 @pytest.fixture
 def shapes(demo):
-    """The demo's training data under a name of its own: this process looks for it elsewhere."""
+    """The demo's training data under another name, since this process expects it elsewhere."""
     name, folder = "shapes_of_demo", demo / "datasets" / "balanced_shapes"
     register_coco(name, str(folder / "train.json"), str(folder / "train"))
     yield name
@@ -77,7 +77,7 @@ def iou(a, b):
 
 
 def reference_negatives(cfg, model, num_iterations):
-    """The IoU of all negatives, in plain loops: all proposals below 0.5, as training makes them."""
+    """The IoU of all negatives, in plain loops: training's proposals with an IoU below 0.5."""
     ious = []
     model.train()
     with EventStorage(), torch.no_grad():
@@ -99,7 +99,7 @@ def test_sampled_negatives(cfg):
     negatives = sample_negatives(cfg, model, 3)
     assert negatives.num_images == 12
     assert np.allclose(negatives.bin_edges, [0, 1 / 6, 1 / 3, 1 / 2])
-    # Batch statistics make the proposals, so running ones that have changed make no difference.
+    # Proposals come from batch statistics, so changed running statistics make no difference.
     expected = reference_negatives(cfg, model, 3)
     assert len(negatives.available) == len(expected)
     assert np.allclose(np.sort(negatives.available), expected, atol=1e-5)
@@ -108,10 +108,10 @@ def test_sampled_negatives(cfg):
     assert len(random) == len(balanced)
     for ious in (random, balanced):
         assert np.isin(ious, negatives.available).all()
-    # A bin gives a third of the samples, unless it has fewer in an image.
+    # Each bin supplies a third of the samples, unless it has fewer in an image.
     shares = np.histogram(balanced, negatives.bin_edges)[0] / len(balanced)
     assert shares[2] > 1.3 * np.mean(negatives.available >= 1 / 3)
-    # At random, the sample is distributed as what there is: five standard errors of a share.
+    # A random sample follows the distribution of all negatives, within five standard errors.
     for edge in (0.05, 1 / 6, 1 / 3):
         share = np.mean(negatives.available > edge)
         error = np.sqrt(share * (1 - share) / len(random))
@@ -146,15 +146,15 @@ def test_plot_sampling(run_here, opts, shapes, demo, tmp_path):
     for name in ("random", "iou_balanced"):
         assert sum(int(row[name]) for row in rows) == int(printed[name].replace(",", ""))
 
-    def told(*arguments):
+    def plot(*arguments):
         return run_here("tools/plot_sampling.py", "--config-file", *arguments)
 
     retinanet = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml"
-    assert_told(told(DEMO_CONFIG, "--iterations", "0"), "--iterations is 0")
-    assert_told(told(DEMO_CONFIG, "--output", tmp_path / "x.gif"), "x.gif", ".png")
-    assert_told(told(retinanet, "--output", tmp_path / "x.png"), "does not sample proposals")
-    assert_told(
-        told(DEMO_CONFIG, "--output", tmp_path / "x.png"), "nothing to sample from: set MODEL"
+    assert_user_error(plot(DEMO_CONFIG, "--iterations", "0"), "--iterations is 0")
+    assert_user_error(plot(DEMO_CONFIG, "--output", tmp_path / "x.gif"), "x.gif", ".png")
+    assert_user_error(plot(retinanet, "--output", tmp_path / "x.png"), "does not sample proposals")
+    assert_user_error(
+        plot(DEMO_CONFIG, "--output", tmp_path / "x.png"), "nothing to sample from: set MODEL"
     )
 
 
@@ -162,8 +162,8 @@ def test_plot_sampling(run_here, opts, shapes, demo, tmp_path):
 
 
 def test_balanced_levels(cfg):
-    """Of an image that has to be padded, against Detectron2's own FPN and the balancer alone."""
-    predictor = build_predictor(cfg, "look at")
+    """For an image that needs padding, against Detectron2's own FPN and the balancer alone."""
+    predictor = build_predictor(cfg, "visualize")
     image = np.random.default_rng(0).integers(0, 256, (100, 136, 3), dtype=np.uint8)
     levels = balance_levels(predictor, image)
     assert [level.name for level in levels] == ["p2", "p3", "p4", "p5", "p6"]
@@ -204,10 +204,10 @@ def test_plot_features(run_here, opts, demo, tmp_path):
     assert_is_picture(tmp_path / "features.png")
     assert re.search(r"^p4 +8 x 10( +[\d.]+){4}$", result.stdout, re.MULTILINE)
     result = run_here("tools/plot_features.py", "--input", tmp_path / "no.jpg", *arguments, *opts)
-    assert_told(result, "no.jpg", "No such file")
+    assert_user_error(result, "no.jpg", "No such file")
 
 
-# Trainings
+# Training runs
 
 
 def write_metrics(folder, text):
@@ -216,7 +216,7 @@ def write_metrics(folder, text):
     return str(folder)
 
 
-def test_metrics_of_killed_and_resumed_trainings(tmp_path, caplog):
+def test_metrics_of_killed_and_resumed_runs(tmp_path, caplog):
     killed = (
         '{"iteration": 19, "total_loss": 2.0, "lr": 0.1}\n'
         '{"iteration": 39, "total_loss": 1.5, "lr": 0.1}\n'
@@ -225,7 +225,7 @@ def test_metrics_of_killed_and_resumed_trainings(tmp_path, caplog):
     folder = write_metrics(tmp_path / "killed", killed)
     assert read_metrics(folder) == {"total_loss": {19: 2.0, 39: 1.5}, "lr": {19: 0.1, 39: 0.1}}
     assert "1 line(s) are cut off" in caplog.text
-    # Resumed from iteration 20: its first line goes on where the other was cut.
+    # Resumed from iteration 20: its first record is appended to the line that was cut off.
     resumed = (
         '{"iteration": 39, "total_loss": 1.25}\n\n{"bbox/AP": NaN, "iteration": 39}\n'
         '{"bbox/AP": 4.0, "iteration": 59, "eta": "soon"}\n[1, 2]\n'
@@ -245,7 +245,7 @@ def test_names_of_runs():
         names_of_runs(["x", "./x"])
 
 
-def test_panels_of_a_training():
+def test_panels_of_a_run():
     line = {
         **{f"roi_head/num_neg_bin{k}{s}": {9: k} for k in range(3) for s in ("", "_available")},
         **{"total_loss": {9: 1.0, 19: 0.5}, "loss_cls": {9: 0.3}, "lr": {9: 0.1}},
@@ -275,9 +275,9 @@ def test_plot_training(run_here, demo, tmp_path):
     result = run_here("tools/plot_training.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert_is_picture(picture)
-    assert_told(run_here("tools/plot_training.py", tmp_path / "gone"), "gone", "OUTPUT_DIR")
+    assert_user_error(run_here("tools/plot_training.py", tmp_path / "gone"), "gone", "OUTPUT_DIR")
     empty = write_metrics(tmp_path / "empty", "\n")
-    assert_told(run_here("tools/plot_training.py", empty), "has no metrics")
+    assert_user_error(run_here("tools/plot_training.py", empty), "has no metrics")
 
 
 # Pictures in TensorBoard
@@ -326,7 +326,7 @@ def test_validation_images(tiny):
         assert (below[tag][0][:, :, 324:] == untouched).all()
 
 
-def test_validation_images_outside_a_training(tiny):
+def test_validation_images_outside_training(tiny):
     name, images, _ = tiny
     evaluator = ValidationImages(name)
     evaluator.reset()
@@ -345,4 +345,4 @@ def test_weights_and_biases(run_here, tmp_path, monkeypatch):
     assert call["sync_tensorboard"] and call["name"] == "mine" and call["dir"] == str(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["--config-file", DEMO_CONFIG, "OUTPUT_DIR", tmp_path, "WANDB.ENABLED", "True"]
-    assert_told(run_here("train_net.py", *arguments), "WANDB.ENABLED", "pip install wandb")
+    assert_user_error(run_here("train_net.py", *arguments), "WANDB.ENABLED", "pip install wandb")

@@ -1,4 +1,4 @@
-"""Bars in a terminal, none in a log file."""
+"""Progress bars are shown in a terminal, but not written to a log file."""
 
 import io
 import logging
@@ -20,7 +20,7 @@ def test_bar(stream, monkeypatch):
     logger, handler = logging.getLogger("balanced_d2"), logging.StreamHandler(stream)
     monkeypatch.setattr(logger, "handlers", [handler])
     bar = WithBar([3, 4, 5], desc="counting", unit="number")
-    assert stream.getvalue() == ""  # nothing before it begins
+    assert stream.getvalue() == ""  # nothing before the iteration starts
     assert len(bar) == 3
     for number in bar:
         if number == 4:
@@ -31,6 +31,6 @@ def test_bar(stream, monkeypatch):
         assert text == "in the middle\n"
         return
     assert "counting: 100%" in text and "3/3" in text
-    # The line stands alone: the bar has been wiped before it, and is drawn anew after it.
+    # The line stands alone: the bar is cleared before it and drawn again after it.
     before, after = text.split("in the middle\n")
     assert before.endswith("\r") and "counting" in after

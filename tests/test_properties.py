@@ -1,6 +1,6 @@
 """Properties of sampler, balancer and loss, on thousands of random and degenerate inputs.
 
-``HYPOTHESIS_EXAMPLES`` says how many of each; `make soak` takes many more.
+``HYPOTHESIS_EXAMPLES`` sets the number for each; `make soak` takes many more.
 """
 
 import os
@@ -38,7 +38,7 @@ ious = hnp.arrays(
 
 
 def assert_balanced(groups, num_groups, num_samples, chosen):
-    """As many as asked for, without repeats, and of each group its share or all it has."""
+    """As many as requested, without repeats, and from each group its share or all it has."""
     assert chosen.dtype == torch.long
     assert len(chosen) == len(set(chosen.tolist())) == min(num_samples, len(groups))
     assert set(chosen.tolist()) <= set(range(len(groups)))
@@ -94,7 +94,7 @@ sizes = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, 
     st.floats(0, 1e4),
 )
 def test_balancer(level_sizes, data, refine_type, dtype, batch, scale):
-    """Any sizes, huge values: the shapes stay, and what is finite stays finite."""
+    """Any sizes and huge values: shapes do not change, and finite values stay finite."""
     refine_level = data.draw(st.integers(0, len(level_sizes) - 1))
     balancer = FeatureBalancer(3, refine_level, refine_type).to(dtype)
     levels = [
@@ -119,7 +119,7 @@ numbers = st.floats(-(2.0**99), 2.0**99, width=32)
     st.floats(1e-3, 10),
 )
 def test_balanced_l1(values, data, alpha, steepness, beta):
-    """Never negative, 0 only at 0, symmetric, finite, its gradient bounded by gamma."""
+    """Never negative, 0 only at 0, symmetric, finite, with a gradient bounded by gamma."""
     gamma = alpha * steepness
     target = data.draw(hnp.arrays(np.float32, values.shape, elements=numbers))
     input = torch.from_numpy(values).requires_grad_()

@@ -1,4 +1,4 @@
-"""Interrupted trainings, damaged and hostile checkpoints, several processes."""
+"""Interrupted training, damaged and malicious checkpoints, several processes."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ from .conftest import (
     ROOT,
     TINY_CONFIG,
     TINY_MODEL,
-    assert_told,
+    assert_user_error,
     logged,
     needs_localhost,
     write_coco,
@@ -53,13 +53,13 @@ def arguments(json_file, output, *opts):
 def start(arguments, launcher=(sys.executable,), **kwargs):
     command = [*launcher, ROOT / "train_net.py", "--config-file", ROOT / TINY_CONFIG, *arguments]
     command = [str(part) for part in command]
-    # No pipe: while a test waits for a file, nobody would read it, and a full one blocks.
+    # Not a pipe: while a test waits for a file, nobody reads the pipe, and a full one blocks.
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **kwargs), log
 
 
 def text_of(process, log, timeout=300):
-    """What a process has written, when it has ended."""
+    """The output of a process, once it has ended."""
     process.wait(timeout=timeout)
     log.seek(0)
     return log.read()
@@ -91,7 +91,7 @@ def uninterrupted(tiny_coco, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", range(NUM_KILLS))
 def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco, tmp_path, kill):
-    """Killed at a random moment, every second time while a checkpoint is being written; resumed
+    """Killed at a random moment, every second time while a checkpoint is being written, and resumed
     with another number of workers, which makes no difference."""
     chance = random.Random(kill)
     output = tmp_path / "output"
@@ -120,7 +120,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tiny_coco,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
     output = tmp_path / "output"
-    # So slow that the signal comes before the end.
+    # Long enough for the signal to come before the end.
     process, log = start(arguments(tiny_coco, output, "SOLVER.MAX_ITER", "100000"))
     while not (output / "model_0000002.pth").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -137,7 +137,7 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_coco, tmp_path, number):
     assert (output / "last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
 
 
-def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path, train_net_here):
+def test_damaged_checkpoints_are_skipped(uninterrupted, tiny_coco, tmp_path, train_net_here):
     output = tmp_path / "output"
     shutil.copytree(uninterrupted, output)
     content = (output / "model_final.pth").read_bytes()
@@ -154,7 +154,7 @@ def test_damaged_checkpoints_are_passed_over(uninterrupted, tiny_coco, tmp_path,
 
 
 def test_killed_after_the_last_iteration(uninterrupted, tiny_coco, tmp_path, train_net_here):
-    """While the final weights were being written: no iteration is left that would write them."""
+    """While the final weights were being written, with no iteration left to write them again."""
     output = tmp_path / "output"
     shutil.copytree(uninterrupted, output)
     (output / "model_final.pth").rename(output / "model_final.pth.partial")
@@ -183,7 +183,7 @@ def test_loss_that_is_not_finite(tiny_coco, tmp_path, train_net_here):
         *("SOLVER.CLIP_GRADIENTS.ENABLED", "False"),
     )
     assert result.returncode == 2
-    assert_told(result, "error: iteration ", ".jpg", "Learning rate: ")
+    assert_user_error(result, "error: iteration ", ".jpg", "Learning rate: ")
     assert not list(output.glob("*.pth"))
 
 
@@ -195,7 +195,7 @@ def checkpointer(tmp_path):
     return BalancedCheckpointer(nn.Linear(2, 2), str(tmp_path))
 
 
-def test_a_write_that_fails_leaves_what_was_there(checkpointer, tmp_path, monkeypatch):
+def test_a_failing_write_leaves_the_old_file(checkpointer, tmp_path, monkeypatch):
     checkpointer.save("model", iteration=1)
     before = (tmp_path / "model.pth").read_bytes()
 
@@ -226,7 +226,7 @@ def test_which_checkpoint_is_resumed(checkpointer, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "balanced_d2"):
         assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000005.pth")
         assert not caplog.records
-        # Without what it names: that of the latest iteration.
+        # Without the file that last_checkpoint names: the one with the latest iteration.
         (tmp_path / "model_0000005.pth").write_bytes(b"")
         assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
         assert "last_checkpoint names model_0000005.pth" in caplog.text
@@ -235,8 +235,8 @@ def test_which_checkpoint_is_resumed(checkpointer, tmp_path, caplog):
     assert BalancedCheckpointer(nn.Linear(1, 1), str(tmp_path / "none")).get_checkpoint_file() == ""
 
 
-def test_checkpoints_of_which_none_can_be_read(checkpointer, tmp_path):
-    """A training that began again from nothing would be taken for the one that went on."""
+def test_no_checkpoint_can_be_read(checkpointer, tmp_path):
+    """Training from scratch would be mistaken for resumed training."""
     checkpointer.save("model_0000002", iteration=2)
     (tmp_path / "model_0000002.pth").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="none of the checkpoints .*model_0000002.pth"):
@@ -253,7 +253,7 @@ def test_numpy_in_the_state_of_a_hook(checkpointer, tmp_path):
 
 
 def test_matching_heuristics(tmp_path):
-    """Names that end alike are matched, as for files of Detectron2's zoo."""
+    """Names with the same ending are matched, as for files of Detectron2's model zoo."""
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
     torch.save({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, tmp_path / "x.pth")
     query = f"{tmp_path / 'x.pth'}?matching_heuristics=True"
@@ -281,7 +281,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl", "legacy.pth"])
-def test_no_code_of_a_checkpoint_is_run(suffix, tmp_path):
+def test_no_code_in_a_checkpoint_is_run(suffix, tmp_path):
     trap, file = tmp_path / "trap", tmp_path / f"weights.{suffix}"
     content = {"model": {"weight": np.zeros((2, 2), np.float32)}, "__author__": Hostile(trap)}
     if suffix == "pkl":
@@ -338,7 +338,7 @@ def test_batches_follow_from_seed_and_position(grouping, num_workers):
         )
 
     expected = take(loader(0), 12)
-    seed_all(99)  # whatever was drawn before
+    seed_all(99)  # earlier draws make no difference
     assert take(loader(num_workers), 12) == expected
     assert take(loader(0, seed=6), 12) != expected
     for position in (1, 7):
@@ -352,7 +352,7 @@ def test_batches_follow_from_seed_and_position(grouping, num_workers):
             assert len({sample["width"] > sample["height"] for sample in batch}) == 1
     flat = [sample for batch in expected for sample in batch]
     assert len({sample["chance"] for sample in flat}) == len(flat)
-    if not grouping:  # each image once in each round
+    if not grouping:  # each image once per epoch
         assert sorted(sample["index"] for sample in flat[:10]) == list(range(10))
 
 
@@ -394,12 +394,12 @@ def test_bad_images(num_workers, caplog):
 
 
 @pytest.mark.slow
-def test_a_bad_image_in_a_training(tmp_path, train_net_here):
+def test_a_bad_image_in_training(tmp_path, train_net_here):
     json_file = write_coco(tmp_path / "data")
     image = json_file.parent / "images" / "3.jpg"
     image.write_bytes(image.read_bytes()[:200])
     result = train_net_here(*arguments(json_file, tmp_path / "output"))
-    assert_told(result, str(image), "SKIP_BAD_IMAGES")
+    assert_user_error(result, str(image), "SKIP_BAD_IMAGES")
     result = train_net_here(
         *arguments(json_file, tmp_path / "output", "DATALOADER.SKIP_BAD_IMAGES", "True")
     )
@@ -414,7 +414,7 @@ def test_wrong_batch_size():
 
 @pytest.mark.slow
 def test_normalizer_of_retinanet_is_part_of_the_checkpoint(tiny_coco, tmp_path, train_net_here):
-    """It is a running mean of Detectron2's that is no buffer."""
+    """Detectron2 keeps it as a running mean that is not a buffer."""
     output = tmp_path / "output"
     command = [
         *arguments(tiny_coco, output),
@@ -453,7 +453,7 @@ def test_nothing_detected_is_an_ap_of_zero(tiny_coco, tmp_path, caplog):
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-TORCHRUN += ("--local-addr", "127.0.0.1")  # the name of this machine may have no address
+TORCHRUN += ("--local-addr", "127.0.0.1")  # this machine's name may have no address
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -464,7 +464,7 @@ def losses(output):
 @needs_localhost
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_coco, tmp_path):
-    """With everything sampled that there is, the losses do not depend on chance."""
+    """Everything is sampled, so the losses do not depend on chance."""
     all_sampled = [
         *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4000", "MODEL.RESNETS.NORM", "FrozenBN"),
@@ -480,7 +480,7 @@ def test_two_processes_train_as_one(tiny_coco, tmp_path):
     assert two == pytest.approx(one, rel=0.03)
     assert not list((tmp_path / "two").glob("**/*rank1*.pth"))
 
-    # Evaluated by two processes, the model of the one gives the same detections.
+    # Evaluated by two processes, the first model gives the same detections.
     evaluation = ["--eval-only", *arguments(tiny_coco, tmp_path / "evaluated", *all_sampled)]
     weights_of_one = ["MODEL.WEIGHTS", tmp_path / "one" / "model_final.pth"]
     returncode, text = finish([*evaluation, *weights_of_one], TORCHRUN, env=ONE_THREAD)
@@ -497,20 +497,20 @@ def test_two_processes_train_as_one(tiny_coco, tmp_path):
 
 
 def children(parent):
-    """The processes that a process has started, without the tools that a bare machine lacks."""
-    found = []
+    """The processes that a process has started, found without tools that may not be installed."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
-            # The name, in brackets, can hold anything.
+            # The name, in brackets, can contain anything.
             if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return sorted(found)
+                pids.append(int(stat.parent.name))
+    return sorted(pids)
 
 
 @needs_localhost
 @pytest.mark.slow
 def test_torchrun_restarts_and_resumes(tiny_coco, tmp_path):
-    """A worker is killed; torchrun starts all anew, and they go on from the last checkpoint."""
+    """A worker is killed; torchrun restarts all, and they resume from the last checkpoint."""
     output = tmp_path / "output"
     launcher = (*TORCHRUN, "--max-restarts", "1", "--monitor-interval", "0.1")
     process, log = start(

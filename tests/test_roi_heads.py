@@ -26,7 +26,7 @@ from balanced_d2.utils.errors import UserError
 
 
 class SamplingOnly(BalancedSamplingMixin, ROIHeads):
-    """The sampling of proposals alone: works from explicit arguments."""
+    """Only the sampling of proposals, which works from explicit arguments."""
 
 
 def heads(cls=SamplingOnly, thresholds=(0.5,), labels=(0, 1), **arguments):
@@ -52,7 +52,7 @@ def ground_truth():
 
 
 def shifted_proposals(num=400):
-    """Boxes of the first object's size, shifted by up to its width: every IoU occurs."""
+    """Boxes of the first object's size, shifted by up to its width, so that every IoU occurs."""
     shift = torch.rand(num, 1) * 55
     boxes = torch.tensor([[10.0, 10, 60, 60]]) + torch.cat([shift, shift * 0] * 2, dim=1)
     return instances(proposal_boxes=boxes, objectness_logits=torch.zeros(num))
@@ -125,7 +125,7 @@ def test_logged_counts_are_means_over_images():
 @pytest.mark.parametrize("positive_sampler", [sample_random, sample_instance_balanced])
 @pytest.mark.parametrize("labels", [(0, 1), (-1, 0, 1)])
 def test_degenerate_images(negative_sampler, positive_sampler, labels):
-    """No objects, no proposals, neither, only positives: as many as there are, no error."""
+    """No objects, no proposals, neither, or only positives: all available are sampled, no error."""
     thresholds = (0.5,) if len(labels) == 2 else (0.1, 0.5)
     roi_heads = heads(
         thresholds=thresholds,
@@ -153,7 +153,7 @@ def test_ignored_proposals_are_not_sampled():
         thresholds=(0.3, 0.7),
         labels=(0, -1, 1),
         proposal_append_gt=False,
-        negative_sampler=sample_random,  # which does not look at the IoU
+        negative_sampler=sample_random,  # ignores the IoU
     )
     targets = ground_truth()
     (sampled,), _ = sample(roi_heads, [shifted_proposals()], [targets])

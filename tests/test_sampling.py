@@ -11,13 +11,13 @@ from balanced_d2.utils.errors import UserError
 
 @pytest.fixture(autouse=True, params=["on the CPU", "on other devices"])
 def both_forms(request, monkeypatch):
-    """Every test is run on the form for other devices too, which the CPU can compute as well."""
+    """Run every test on the form for other devices too, which also works on the CPU."""
     if request.param == "on other devices":
         monkeypatch.setattr(sampling, "_sample_with_numpy", sampling._sample_without_waiting)
 
 
 def ious_in_bins(*counts, low=0.0, high=0.5):
-    """Shuffled IoUs, so many in each of as many bins."""
+    """Shuffled IoUs, with the given number in each bin."""
     width = (high - low) / len(counts)
     values = [low + (k + torch.rand(n)) * width for k, n in enumerate(counts)]
     # Away from the edges, where rounding decides.
@@ -53,7 +53,7 @@ def test_remainder_goes_to_any_bin():
         assert sum(counts) == 98 and min(counts) >= 32
 
 
-def test_short_bin_gives_all_and_the_rest_is_drawn_from_all():
+def test_a_short_bin_is_taken_whole_and_the_rest_drawn_from_all_bins():
     ious = ious_in_bins(1000, 500, 10)
     totals = [0, 0, 0]
     repetitions = 200
@@ -78,7 +78,7 @@ def test_few_candidates_are_all_taken(num_candidates):
 
 
 def test_every_candidate_of_a_bin_is_equally_likely():
-    # A full bin, a short one and one that the rest is drawn from as well.
+    # A full bin, a short one, and another full one; the rest is drawn from the full ones.
     ious = torch.cat([torch.full((60,), 0.05), torch.full((5,), 0.2), torch.full((30,), 0.4)])
     repetitions = 4000
     times = torch.zeros(len(ious))
@@ -100,7 +100,7 @@ def test_all_ious_zero():
 
 
 def test_bins_span_the_given_range():
-    """The share of hard negatives does not depend on what is above the range."""
+    """The share of hard negatives does not depend on IoUs above the range."""
     low, high = 0.1, 0.6
     ious = torch.cat([ious_in_bins(100, 100, low=low, high=high), torch.tensor([0.05, 0.9, 1.0])])
     indices = sample_iou_balanced(ious, 100, num_bins=2, iou_range=(low, high))
@@ -139,7 +139,7 @@ def test_instances_get_equal_quotas():
     assert sorted(groups[indices].tolist()) == [0] * 12 + [3] * 12 + [7] * 12
 
 
-def test_short_instance_gives_all_and_no_positive_is_lost():
+def test_a_short_instance_is_taken_whole_and_no_positive_is_lost():
     groups = torch.tensor([0] * 100 + [1] * 3 + [2] * 50)
     totals = torch.zeros(3)
     repetitions = 300
@@ -161,7 +161,7 @@ def test_more_instances_than_samples():
     assert len(set(groups[indices].tolist())) == 20
 
 
-def test_which_instances_give_when_there_are_more_than_samples_is_random():
+def test_more_instances_than_samples_are_chosen_at_random():
     """Large ones are not preferred."""
     groups = torch.arange(20).repeat_interleave(torch.tensor([40] * 10 + [2] * 10))
     repetitions = 1000

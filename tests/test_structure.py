@@ -1,4 +1,4 @@
-"""The package's parts import only from floors below them: CONTRIBUTING.md."""
+"""The package's parts import only from lower levels: CONTRIBUTING.md."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import balanced_d2
 from .conftest import run_program
 
 PACKAGE = Path(balanced_d2.__file__).parent
-FLOORS = (
+LEVELS = (
     {"utils"},
     {"layers", "checkpoint"},
     {"modeling"},
@@ -17,12 +17,12 @@ FLOORS = (
     {"visualization"},
     {"engine"},
 )
-FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 APART = {"installation"}  # runs before the package can be imported
 
 
 def imports(file: Path):
-    """Names of the modules that a file imports, wherever in the file."""
+    """Names of the modules that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -40,15 +40,15 @@ def parts_of_imports(part: str):
                 yield file, rest.partition(".")[0]
 
 
-def test_every_part_has_a_floor():
+def test_every_part_has_a_level():
     parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert parts == FLOOR.keys() | APART
+    assert parts == LEVEL.keys() | APART
 
 
-def test_no_import_runs_against_the_direction():
-    for part, floor in FLOOR.items():
+def test_parts_import_only_from_lower_levels():
+    for part, level in LEVEL.items():
         for file, imported in parts_of_imports(part):
-            assert imported == part or FLOOR[imported] < floor, f"{file} imports {imported}"
+            assert imported == part or LEVEL[imported] < level, f"{file} imports {imported}"
 
 
 def test_the_installation_imports_nothing_of_the_package():
@@ -62,7 +62,7 @@ def test_layers_need_no_detectron2():
 
 
 def test_the_package_without_detectron2():
-    """The layers work; what needs Detectron2 says how to install it."""
+    """The layers work; parts that need Detectron2 say how to install it."""
     program = (
         "import sys\n"
         "sys.modules['detectron2'] = None\n"

@@ -1,4 +1,4 @@
-"""studies/bccd_ablation: runs that are comparable and resumable, and honest tables."""
+"""studies/bccd_ablation: comparable and resumable runs, and correct tables."""
 
 import json
 import math
@@ -20,13 +20,13 @@ from .conftest import ROOT, TINY_MODEL, load_tool, run_program, write_bccd
 pytestmark = pytest.mark.slow
 
 FOLDER = "studies/bccd_ablation"
-# A few iterations (the first are not timed) that change no weight, of a tiny model.
+# A few iterations (the first are not timed) of a tiny model that do not change its weights.
 OPTS = [*TINY_MODEL[2:], "SOLVER.MAX_ITER", "5", "SOLVER.BASE_LR", "0.0"]
 
 
 @pytest.fixture(scope="module")
 def programs():
-    """Programs of the study by name, which import one another."""
+    """Programs of the study by name, which import each other."""
     pytest.importorskip("scipy")
     sys.path.insert(0, str(ROOT / FOLDER))
     try:
@@ -53,7 +53,7 @@ def train(results, output, datasets, *arguments, opts=()):
     )
 
 
-def test_runs_begin_alike_and_are_not_repeated(tmp_path):
+def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     write_bccd(tmp_path / "datasets")
     results, output = tmp_path / "results.jsonl", tmp_path / "output"
     arguments = (results, output, tmp_path / "datasets")
@@ -109,7 +109,7 @@ def test_estimates(table):
 
     plain = dict(enumerate(values))
     row = {seed: value + gain for (seed, value), gain in zip(plain.items(), (1, 2, 1, 3, 3))}
-    gain = table.difference({**row, 99: 1000.0}, plain)  # a seed without its pair does not count
+    gain = table.difference({**row, 99: 1000.0}, plain)  # a seed without a pair does not count
     assert gain.mean == pytest.approx(2)
     assert gain.margin == pytest.approx(2.776 * 1 / math.sqrt(5), rel=1e-3)
     # t = 4.472 with four degrees of freedom.
@@ -158,7 +158,7 @@ def test_tables_and_picture(table, tmp_path):
 
 
 def test_inlier_shares(gradients):
-    """By hand: the gradients are 0.5, 1 and 1 of smooth L1, and 1, 1 and 1 of L1."""
+    """By hand: the gradients of smooth L1 are 0.5, 1 and 1, those of L1 are 1, 1 and 1."""
     errors = torch.tensor([[0.5, -1.5, 3.0, 0.0]])
     balanced = 0.5 * math.log((math.exp(3) - 1) * 0.5 + 1)
     assert gradients.inlier_shares(errors) == pytest.approx(

@@ -1,4 +1,4 @@
-"""train_net.py and tools/contact_sheet.py as a user calls them: small real runs, and mistakes."""
+"""train_net.py and tools/contact_sheet.py as users call them: small real runs, and mistakes."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .conftest import TINY_MODEL, assert_told, logged, run_program, train_net
+from .conftest import TINY_MODEL, assert_user_error, logged, run_program, train_net
 
 COMPONENTS_OFF = [
     *("MODEL.BALANCED_FPN.ENABLED", "False"),
@@ -33,7 +33,7 @@ def tiny_run(json_file, output, *more):
 
 @pytest.fixture(scope="module")
 def trained(tiny_coco, tmp_path_factory):
-    """A finished run of two iterations with its evaluation: result of the process and folder."""
+    """A finished run of two iterations with evaluation: the process's result, and the folder."""
     output = tmp_path_factory.mktemp("trained") / "output"
     result = train_net(*tiny_run(tiny_coco, output))
     assert result.returncode == 0, result.stderr
@@ -77,7 +77,7 @@ def test_eval_only_repeats_the_evaluation(trained, tiny_coco, tmp_path, train_ne
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_path, train_net_here):
+def test_resume_continues_optimizer_and_scheduler(trained, tiny_coco, tmp_path, train_net_here):
     shutil.copytree(trained[1], tmp_path / "output")
     output = tmp_path / "output"
     result = train_net_here(
@@ -89,7 +89,7 @@ def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_pat
     checkpoint = torch.load(output / "model_final.pth", weights_only=True)
     assert checkpoint["iteration"] == 3
     assert checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
-    # Iteration 3 of a cosine over 4, not the beginning of a schedule begun anew.
+    # Iteration 3 of a cosine over 4, not the start of a new schedule.
     (rate,) = (line["lr"] for line in logged(output) if line["iteration"] == 3 and "lr" in line)
     assert rate == pytest.approx(0.03 * (1 + math.cos(math.pi * 3 / 4)) / 2, rel=1e-2)
 
@@ -97,7 +97,7 @@ def test_resume_goes_on_with_optimizer_and_scheduler(trained, tiny_coco, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("balances", [[], COMPONENTS_OFF], ids=["balanced", "plain"])
 def test_same_seed_same_model(trained, tiny_coco, tmp_path, train_net_here, balances):
-    """The balanced one in this process as in another, where it was evaluated as well."""
+    """The balanced model in this process and in another, where it was evaluated too."""
     weights = []
     for output in (tmp_path / "a", tmp_path / "b" if balances else trained[1]):
         if output != trained[1]:
@@ -134,10 +134,10 @@ def test_contact_sheet(trained, tiny_coco, tmp_path, run_here):
     assert image is not None and image.shape[1] > 3 * 2 * 320 and image.std() > 10
 
     result = run_here("tools/contact_sheet.py", tmp_path / "none.json", *arguments)
-    assert_told(result, "none.json", "No such file")
+    assert_user_error(result, "none.json", "No such file")
     other = tmp_path / "other.json"
     other.write_text('[{"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
-    assert_told(run_here("tools/contact_sheet.py", other, *arguments), "image 77")
+    assert_user_error(run_here("tools/contact_sheet.py", other, *arguments), "image 77")
 
 
 def broken_json(folder):
@@ -147,8 +147,8 @@ def broken_json(folder):
     return path
 
 
-# What a user can mistype: arguments (given the data set's JSON file and an empty folder), and what
-# the message has to name.
+# What a user can get wrong: arguments (from the dataset's JSON file and an empty folder), and what
+# the message has to contain.
 MISTAKES = {
     "unknown config file": (
         lambda json_file, tmp: {"config": "configs/nowhere.yaml", "arguments": []},
@@ -184,7 +184,7 @@ MISTAKES = {
         },
         ["MODEL.BALANCED_FPN.REFINE_LEVEL", "5 levels"],
     ),
-    "unregistered data set": (
+    "unregistered dataset": (
         lambda json_file, tmp: {"arguments": ["DATASETS.TRAIN", "('mine',)", "OUTPUT_DIR", tmp]},
         ["'mine' is not registered", "--register"],
     ),
@@ -229,30 +229,30 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("make, parts", MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_told(make, parts, tiny_coco, tmp_path, train_net_here):
+def test_mistakes_are_reported(make, parts, tiny_coco, tmp_path, train_net_here):
     case = make(tiny_coco, tmp_path)
     if "--num-gpus" in case["arguments"] and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert_told(train_net_here(*case.pop("arguments"), **case), *parts)
+    assert_user_error(train_net_here(*case.pop("arguments"), **case), *parts)
     assert not list(tmp_path.glob("*.pth"))
 
 
 @pytest.mark.slow
 def test_a_mistake_ends_the_program(tiny_coco, tmp_path):
     make, parts = MISTAKES["wrong number of classes"]
-    assert_told(train_net(*make(tiny_coco, tmp_path)["arguments"]), *parts)
+    assert_user_error(train_net(*make(tiny_coco, tmp_path)["arguments"]), *parts)
 
 
-def test_a_refused_run_leaves_the_config_that_was_there(tiny_coco, tmp_path, train_net_here):
+def test_a_refused_run_leaves_an_existing_config_alone(tiny_coco, tmp_path, train_net_here):
     options = ["--register", "kept", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
     options += ["OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('kept',)", "DATASETS.TEST", "()"]
     assert train_net_here(*options).returncode == 0
     written = (tmp_path / "config.yaml").read_text()
-    assert_told(train_net_here(*options, "MODEL.ROI_HEADS.NUM_CLASSES", "7"), "NUM_CLASSES")
+    assert_user_error(train_net_here(*options, "MODEL.ROI_HEADS.NUM_CLASSES", "7"), "NUM_CLASSES")
     assert (tmp_path / "config.yaml").read_text() == written
 
 
-def test_resume_needs_no_weights_that_it_does_not_load(tiny_coco, tmp_path, train_net_here):
+def test_resume_does_not_need_the_initial_weights(tiny_coco, tmp_path, train_net_here):
     options = ["--register", "goes_on", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
     options += ["OUTPUT_DIR", tmp_path / "a", "DATASETS.TRAIN", "('goes_on',)"]
     options += ["DATASETS.TEST", "()"]
@@ -260,4 +260,4 @@ def test_resume_needs_no_weights_that_it_does_not_load(tiny_coco, tmp_path, trai
     gone = ["MODEL.WEIGHTS", tmp_path / "gone.pth", "SOLVER.MAX_ITER", "3"]
     assert train_net_here("--resume", *options, *gone).returncode == 0
     elsewhere = [*options, *gone, "OUTPUT_DIR", tmp_path / "b"]
-    assert_told(train_net_here("--resume", *elsewhere), "there is no file", "gone.pth")
+    assert_user_error(train_net_here("--resume", *elsewhere), "there is no file", "gone.pth")

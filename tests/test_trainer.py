@@ -46,7 +46,7 @@ def test_optimizer_state_in_mains_format(trainer):
 
 
 def test_checkpoint_without_optimizer_state(trainer, caplog):
-    """As Detectron2 0.6's own trainer writes it: resumed with a warning."""
+    """Resuming from a checkpoint of Detectron2 0.6's own trainer works, with a warning."""
     state = trainer.state_dict()
     del state["_trainer"]
     trainer.iter = 0
@@ -63,7 +63,7 @@ def test_resume_with_a_scheduler_of_pytorchs_is_exact(tiny_coco, tmp_path, monke
         def build_lr_scheduler(cls, cfg, optimizer):
             return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
 
-    monkeypatch.setattr(DatasetCatalog, "data", copy.copy(DatasetCatalog.data))  # free again after
+    monkeypatch.setattr(DatasetCatalog, "data", copy.copy(DatasetCatalog.data))  # undone afterwards
     register_coco("resumed", str(tiny_coco), str(tiny_coco.parent / "images"))
 
     def train(folder, resume):

@@ -58,8 +58,8 @@ class TrainLoader:
         aspect_ratio_grouping: whether all images of a batch have the same orientation, which saves
             padding.
         make_sampler: returns, for a seed, an endless sampler of indices of ``dataset``, the same in
-            all processes. Detectron2's samplers are asked for all indices, not for the share of one
-            process.
+            all processes. Detectron2's samplers return the share of one process; here, all their
+            indices are used.
         seed: at least 0; by default one that all processes agree on.
         skip_bad_images: whether an image that cannot be read is replaced by the next one.
         max_bad_images: how many different images each process may skip.

@@ -123,9 +123,7 @@ class BalancedTrainer(DefaultTrainer):
 
     def build_writers(self):
         if self.cfg.WANDB.ENABLED:
-            start_wandb(
-                self.cfg
-            )  # before TensorBoard's writer is created, because it copies its events
+            start_wandb(self.cfg)  # before TensorBoard's writer is created, whose events it copies
         return super().build_writers()
 
     def resume_or_load(self, resume=True):
