@@ -147,7 +147,7 @@ def test_substitutions_apply_exactly_or_are_named(tmp_path):
         installer.adapt(source, wrong, modules)
     assert "a.py: 'one' found 1 times, expected 3" in str(error.value)
     assert "gone.py: 'x' found 0 times, expected 1" in str(error.value)
-    assert "gone.py: to be replaced, but not there" in str(error.value)
+    assert "gone.py: to be replaced, but does not exist" in str(error.value)
 
 
 def test_the_installed_wheel_is_from_this_version():
@@ -197,7 +197,7 @@ def test_a_failing_import_names_the_package_that_fails(site_packages):
     result = run_installer(python)
     assert_user_error(result, "cv2 fails", "libxcb.so.1", "pip install opencv-python-headless")
     (folder / "cv2" / "__init__.py").write_text("import nowhere")
-    assert_user_error(run_installer(python), "what cv2 needs", "No module named 'nowhere'")
+    assert_user_error(run_installer(python), "requirement of cv2", "No module named 'nowhere'")
     (folder / "cv2" / "__init__.py").write_text("import os; os.kill(os.getpid(), 11)")
     assert_user_error(run_installer(python), "detectron2 fails", "signal 11")
     (folder / "cv2" / "__init__.py").write_text("")
@@ -218,7 +218,7 @@ def test_leftovers_of_an_interrupted_installation_are_removed(site_packages):
     write_package(folder, "other", version="1.0")
     (folder / "install_detectron2_unfinished").touch()
     result = run_installer(python)
-    assert "removing what an interrupted installation left" in result.stdout
+    assert "removing the leftovers of an interrupted installation" in result.stdout
     assert_user_error(result, "torch is not installed")
     assert sorted(path.name for path in folder.iterdir()) == ["other", "other-1.0.dist-info"]
 
@@ -314,7 +314,7 @@ def steps(monkeypatch):
         if what in fail_at:
             raise installer.InstallError(f"could not {what}")
         done.append(what)
-        if "make the virtual environment" in what:
+        if "create the virtual environment" in what:
             venv.create(command[-1])
 
     monkeypatch.setattr(set_up, "run_step", run_step)
@@ -333,12 +333,12 @@ def test_an_interrupted_set_up_starts_again(steps, tmp_path):
     fail_at.clear()
     set_up.set_up(folder, [])
     assert (folder / ".ready").exists() and not (folder / "half").exists()
-    assert done.count("make the virtual environment") == 2
+    assert done.count("create the virtual environment") == 2
     # An environment that is ready is updated in place.
     (folder / "mine").touch()
     done.clear()
     set_up.set_up(folder, [])
-    assert "make the virtual environment" not in done and "install the project" in done
+    assert "create the virtual environment" not in done and "install the project" in done
     assert (folder / ".ready").exists() and (folder / "mine").exists()
 
 
@@ -391,7 +391,7 @@ def test_ctrl_c_and_failures_of_set_up_are_one_line(tmp_path):
 
 def test_set_up_refuses_an_old_python(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
-    with pytest.raises(installer.InstallError, match=r"3\.10\.1; name another one"):
+    with pytest.raises(installer.InstallError, match=r"3\.10\.1; use another one"):
         set_up.check_python()
 
 

@@ -1,1 +1,1 @@
-"""Setting up: stand-alone programs, which import nothing of the package around them."""
+"""Set-up: stand-alone programs that import nothing from the package around them."""

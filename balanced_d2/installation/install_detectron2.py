@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Install Detectron2 0.6 as a pure-Python wheel that is whole on today's PyTorch.
+"""Install Detectron2 0.6 as a complete pure-Python wheel for current PyTorch.
 
 PyPI has no ``detectron2``. It has ``pb1-detectron2`` 0.6, a source archive with the Python code of
 Detectron2's release 0.6 but without its C++ sources, so pip cannot build it as it is. This program
 
-1. does nothing if another Detectron2 is installed, or this one already;
+1. does nothing if this or another Detectron2 is already installed;
 2. downloads that archive with pip and checks its sha256 before anything in it runs;
-3. adapts it to today's PyTorch, NumPy, Pillow and setuptools: the substitutions below, each of
-   which has to apply exactly as often as it says, and the modules in ``wheel/``, which have the
-   compiled operators in PyTorch and torchvision;
+3. adapts it to current PyTorch, NumPy, Pillow and setuptools: it applies the substitutions below,
+   each exactly the stated number of times, and adds the modules in ``wheel/``, which implement the
+   compiled operators with PyTorch and torchvision;
 4. builds the wheel in a temporary folder and installs it with pip. Its version is
-   ``0.6+pure.`` and a digest of all this, so that a wheel made by another version of this program
+   ``0.6+pure.`` and a digest of all this, so that a wheel built by another version of this program
    is recognized and replaced.
 
-Until the last step nothing outside the temporary folder is touched; if that step is interrupted,
-the next run removes what it left. Every failure is one line on standard error and exit code 1.
+Before the last step, nothing outside the temporary folder changes; if that step is interrupted,
+the next run removes its leftovers. Every failure is one line on standard error and exit code 1.
 """
 
-from __future__ import annotations  # so that set_up.py can tell an old Python that it is one
+from __future__ import annotations  # so that set_up.py can run, and stop, on an old Python
 
 import argparse
 import hashlib
@@ -37,17 +37,17 @@ from typing import NamedTuple
 
 ARCHIVE = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-# Modules of ours, each in the place of one of the archive that has the same path.
+# Our modules, each replacing the archive's module with the same path.
 MODULES = Path(__file__).parent / "wheel"
 
 
 class InstallError(Exception):
-    """Something the user has to know; shown as one line."""
+    """A failure, shown to the user as one line."""
 
 
 class Substitution(NamedTuple):
-    """Replace the regular expression ``old`` by ``new`` in the files that match the glob ``path``,
-    where it must occur ``times`` times in all."""
+    """Replace the regular expression ``old`` with ``new`` in the files that match the glob
+    ``path``, where it has to occur ``times`` times in total."""
 
     path: str
     old: str
@@ -56,21 +56,21 @@ class Substitution(NamedTuple):
 
 
 SUBSTITUTIONS = [
-    # NumPy's aliases of Python's own types are gone.
+    # NumPy no longer has aliases of Python's own types.
     Substitution("detectron2/**/*.py", r"\bnp\.(bool|float|int|str)\b", r"\1", 19),
     # PyTorch's own schedulers are no longer subclasses of _LRScheduler.
     Substitution(
         "detectron2/**/*.py", r"\blr_scheduler\._LRScheduler\b", "lr_scheduler.LRScheduler", 7
     ),
-    # Image.LINEAR is gone from Pillow; BILINEAR is the same filter.
+    # Pillow no longer has Image.LINEAR; BILINEAR is the same filter.
     Substitution("detectron2/data/transforms/transform.py", r"Image\.LINEAR", "Image.BILINEAR"),
-    # random.sample takes sequences only.
+    # random.sample accepts only sequences.
     Substitution(
         "detectron2/data/common.py",
         r"sample\(self\._fallback_candidates,",
         "sample(sorted(self._fallback_candidates),",
     ),
-    # pkg_resources is gone from setuptools.
+    # setuptools no longer has pkg_resources.
     Substitution("detectron2/model_zoo/model_zoo.py", r"import pkg_resources\n", ""),
     Substitution(
         "detectron2/model_zoo/model_zoo.py",
@@ -83,7 +83,7 @@ SUBSTITUTIONS = [
         r"(_C\.DATALOADER\.REPEAT_THRESHOLD = 0\.0\n)",
         r"\1_C.DATALOADER.RANDOM_SUBSET_RATIO = 1.0\n",
     ),
-    # What torch.meshgrid does by default, said as it asks for.
+    # torch.meshgrid's default, made explicit as it requests.
     Substitution(
         "detectron2/modeling/anchor_generator.py",
         r"meshgrid\(shifts_y, shifts_x\)",
@@ -119,13 +119,13 @@ def main() -> int:
         "--archive",
         type=Path,
         metavar="FILE",
-        help="the source archive, if it is already here (default: download it with pip)",
+        help="a copy of the source archive (default: download it with pip)",
     )
     parser.add_argument(
         "--wheel",
         type=Path,
         metavar="FOLDER",
-        help="write the wheel to a folder, for any machine and Python, and install nothing",
+        help="only write the wheel, for any machine and Python, to a folder",
     )
     args = parser.parse_args()
     try:
@@ -152,7 +152,7 @@ def main() -> int:
 
 
 def is_installed() -> bool:
-    """Whether there is nothing to do: this Detectron2 or another one is installed, and imports."""
+    """Whether this or another Detectron2 is installed and can be imported."""
     remove_leftovers()
     version, is_ours = installed_detectron2()
     if version is None:
@@ -166,7 +166,7 @@ def is_installed() -> bool:
 
 
 def wheel_version() -> str:
-    """Version of the wheel that this program makes."""
+    """Version of the wheel that this program builds."""
     digest = hashlib.sha256()
     for path in (Path(__file__), *sorted(MODULES.rglob("*.py"))):
         digest.update(path.read_bytes())
@@ -174,14 +174,14 @@ def wheel_version() -> str:
 
 
 def installed_detectron2() -> tuple[str | None, bool]:
-    """Version of the Detectron2 that is installed here, if any; whether this program made it."""
+    """Version of the installed Detectron2, if any, and whether this program built it."""
     try:
         distribution = importlib.metadata.distribution("detectron2")
     except importlib.metadata.PackageNotFoundError:
         if run([sys.executable, "-c", FIND.format("detectron2")]).returncode:
             return None, False
-        return "(without metadata)", False  # on PYTHONPATH, say
-    # Wheels of earlier versions of this program had no version of their own.
+        return "(without metadata)", False  # for example on PYTHONPATH
+    # Wheels from earlier versions of this program had no version of their own.
     had_placeholder = Path(str(distribution.locate_file(""))) / EARLIER_MODULE
     is_ours = "+pure." in distribution.version or had_placeholder.exists()
     return distribution.version, is_ours
@@ -192,22 +192,22 @@ FIND = "import sys, importlib.util; sys.exit(importlib.util.find_spec({!r}) is N
 
 
 def require_import(module: str) -> None:
-    """Raise :class:`InstallError` if a module that is installed does not import."""
+    """Raise :class:`InstallError` if an installed module cannot be imported."""
     failure = import_failure(sys.executable, module)
     if failure is None:
         return
     if failure.startswith("cv2") and "cannot open shared object file" in failure:
         failure += (
-            "; OpenCV's build without windows needs less: pip uninstall -y opencv-python, then "
+            "; OpenCV's headless build needs fewer libraries: pip uninstall -y opencv-python, then "
             "pip install opencv-python-headless"
         )
-    raise InstallError(f"{module} is installed but does not import: {failure}")
+    raise InstallError(f"{module} is installed but cannot be imported: {failure}")
 
 
 def import_failure(python: str | Path, module: str) -> str | None:
-    """Why a module does not import in a process of its own, None if it does.
+    """Why a module cannot be imported in a process of its own, None if it can.
 
-    Names the package that fails, which can be one that ``module`` imports, and the reason.
+    Names the package that fails, which may be one that ``module`` imports, and the reason.
     """
     result = run([str(python), "-c", f"import {module}"])
     if result.returncode == 0:
@@ -218,7 +218,7 @@ def import_failure(python: str | Path, module: str) -> str | None:
     files = re.findall(r'^  File ".*?site-packages/([\w.-]+)', result.stderr, re.MULTILINE)
     package = files[-1].removesuffix(".py") if files else module
     if reason.startswith("ModuleNotFoundError"):
-        package, reason = f"what {package} needs", reason.split(": ", 1)[-1]
+        package, reason = f"a requirement of {package}", reason.split(": ", 1)[-1]
     return f"{package} fails ({reason})"
 
 
@@ -226,8 +226,8 @@ def require_build_tools() -> None:
     for module, requirement in (("torch", "torch torchvision"), ("setuptools", "setuptools")):
         if importlib.util.find_spec(module) is None:
             raise InstallError(
-                f"{module} is not installed for {sys.executable}, and Detectron2 needs it to "
-                f"install; run first: pip install {requirement}"
+                f"{module} is not installed for {sys.executable}, but Detectron2's installation "
+                f"needs it; first run: pip install {requirement}"
             )
 
 
@@ -251,7 +251,7 @@ def download(folder: Path) -> Path:
     if result.returncode != 0:
         raise InstallError(
             f"could not download {ARCHIVE} from PyPI ({pip_error(result)}); is there a network? "
-            "With a copy of the archive at hand, pass it with --archive FILE"
+            "If you have a copy of the archive, pass it with --archive FILE"
         )
     return next((folder / "archive").iterdir())
 
@@ -274,11 +274,11 @@ def wrong_checksum(what: str, got: str) -> InstallError:
 
 
 def adapt(source: Path, substitutions=SUBSTITUTIONS, modules: Path = MODULES) -> None:
-    """Apply every substitution to the unpacked archive and put the modules in their places.
+    """Apply all substitutions to the unpacked archive and replace its modules with ours.
 
     Raises:
         InstallError: naming each substitution that does not apply exactly as often as expected,
-            and each module that has no counterpart.
+            and each module that has no counterpart in the archive.
     """
     failures = []
     for substitution in substitutions:
@@ -297,12 +297,12 @@ def adapt(source: Path, substitutions=SUBSTITUTIONS, modules: Path = MODULES) ->
     for module in sorted(modules.rglob("*.py")):
         path = module.relative_to(modules)
         if not (source / path).is_file():
-            failures.append(f"{path}: to be replaced, but not there")
+            failures.append(f"{path}: to be replaced, but does not exist")
             continue
         shutil.copyfile(module, source / path)
     if failures:
         raise InstallError(
-            "the source archive is not the one this program knows; changes that do not apply: "
+            "the source archive is not the expected one; changes that do not apply: "
             + "; ".join(failures)
         )
 
@@ -317,7 +317,7 @@ def build_wheel(source: Path, folder: Path) -> Path:
         str(source),
         # Appended to the version by Detectron2's setup.py.
         D2_VERSION_SUFFIX=wheel_version().removeprefix("0.6"),
-        SOURCE_DATE_EPOCH="1634256000",  # so that its bits are always the same
+        SOURCE_DATE_EPOCH="1634256000",  # makes the build reproducible
     )
     if result.returncode != 0:
         raise InstallError(f"could not build the wheel ({pip_error(result)})")
@@ -329,7 +329,7 @@ def install(wheel: Path) -> None:
     marker = leftover_marker()
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    # By its name, so that pip does not note down a path that is gone when this is over.
+    # By name, so that pip does not record the path of a temporary file.
     result = pip("install", f"detectron2=={wheel_version()}", f"--find-links={wheel.parent}")
     if result.returncode != 0:
         raise InstallError(f"could not install the wheel ({pip_error(result)}); run this again")
@@ -339,19 +339,19 @@ def install(wheel: Path) -> None:
 
 
 def leftover_marker() -> Path:
-    """A file that is there while pip installs, and after that only if it did not get to its end."""
+    """A file that exists while pip installs, and afterwards only if pip did not finish."""
     folder = sysconfig.get_path("purelib")
-    if not os.access(folder, os.W_OK):  # then pip takes the user's own
+    if not os.access(folder, os.W_OK):  # then pip uses the user's own
         folder = site.getusersitepackages()
     return Path(folder) / "install_detectron2_unfinished"
 
 
 def remove_leftovers() -> None:
-    """Remove what an installation left that was interrupted or failed."""
+    """Remove the leftovers of an installation that was interrupted or failed."""
     marker = leftover_marker()
     if not marker.exists():
         return
-    say("removing what an interrupted installation left")
+    say("removing the leftovers of an interrupted installation")
     for pattern in ("detectron2", "detectron2-0.6*.dist-info", "~etectron2*"):
         for path in marker.parent.glob(pattern):
             shutil.rmtree(path)
@@ -365,7 +365,7 @@ def pip(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
-    # From the root folder, so that no detectron2 beside the user's own files is taken for it.
+    # From the root folder, so that no detectron2 in the current folder is imported instead.
     return subprocess.run(
         command,
         capture_output=True,

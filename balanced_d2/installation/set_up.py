@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Build the environment that the project is tested in: what ``make setup`` runs.
+"""Build the environment in which the project is tested: this is ``make setup``.
 
-Needs nothing but Python. In a virtual environment of its own it installs the exact versions of
-``requirements.txt``, an OpenCV that imports on this machine, Detectron2
+Needs nothing but Python. Into a new virtual environment, it installs the exact versions in
+``requirements.txt``, an OpenCV that can be imported on this machine, Detectron2
 (``install_detectron2.py``) and the project itself.
 
-An environment is ready when it has the file ``.ready``. One that is not, since its set-up was
-interrupted or failed, is built again from the start, so that it ends as if nothing had happened;
-pip keeps what it has downloaded. Every failure is one line on standard error and exit code 1.
+An environment is ready when it has the file ``.ready``. If its set-up was interrupted or failed, it
+is built again from the start; pip keeps its downloads. Every failure is one line on standard error
+and exit code 1.
 """
 
-from __future__ import annotations  # so that check_python gets to run on an old one
+from __future__ import annotations  # so that check_python can run on an old Python
 
 import argparse
 import importlib.util
@@ -27,10 +27,10 @@ from install_detectron2 import (  # type: ignore[import-not-found]  # beside thi
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Its requirements are in requirements.txt, but for opencv-python, which it would bring back.
+# Its requirements are in requirements.txt, except opencv-python, which it would install again.
 WITHOUT_REQUIREMENTS = ["lvis==0.5.3"]
 OPENCV, HEADLESS = "opencv-python", "opencv-python-headless"
-DEBIAN_PACKAGES = "libgl1 libglib2.0-0 libxcb1"  # what OpenCV's wheels look for
+DEBIAN_PACKAGES = "libgl1 libglib2.0-0 libxcb1"  # the libraries that OpenCV's wheels need
 UNFINISHED = ".set-up-unfinished"
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         "--pip-args",
         default="",
         metavar="ARGS",
-        help="more arguments for pip install, such as an index to take PyTorch from",
+        help="further arguments for pip install, such as another index for PyTorch",
     )
     args = parser.parse_args()
     try:
@@ -51,21 +51,21 @@ def main() -> int:
         print(f"set-up: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("set-up: interrupted; the next run starts again", file=sys.stderr)
+        print("set-up: interrupted; run it again to start over", file=sys.stderr)
         return 130
     return 0
 
 
 def check_python() -> None:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):  # noqa: UP036  # it is run with any
+    if sys.version_info < (3, 11):  # noqa: UP036  # any version may run this
         raise InstallError(
-            f"Python 3.11 or newer is needed, {sys.executable} is {version}; name another one: "
+            f"Python 3.11 or newer is needed, but {sys.executable} is {version}; use another one: "
             "make setup PYTHON=python3.12"
         )
     if importlib.util.find_spec("ensurepip") is None:
         raise InstallError(
-            f"{sys.executable} cannot make virtual environments; on Debian and Ubuntu: "
+            f"{sys.executable} cannot create virtual environments; on Debian and Ubuntu, run: "
             "apt-get install python3-venv"
         )
 
@@ -78,7 +78,7 @@ def set_up(venv: Path, pip_args: list[str]) -> None:
         shutil.rmtree(venv)
     elif venv.exists() and not ready.exists() and any(venv.iterdir()):
         raise InstallError(
-            f"{venv} is there, but not from a set-up of this project; move it away, or name "
+            f"{venv} exists, but is not from a set-up of this project; move it away, or use "
             "another folder: make setup VENV=.venv-balanced"
         )
     venv.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def set_up(venv: Path, pip_args: list[str]) -> None:
     ready.unlink(missing_ok=True)
     python = venv / "bin" / "python"
     if not python.exists():
-        say(f"making {venv} with {sys.executable}")
-        run_step("make the virtual environment", [sys.executable, "-m", "venv", str(venv)])
+        say(f"creating {venv} with {sys.executable}")
+        run_step("create the virtual environment", [sys.executable, "-m", "venv", str(venv)])
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     requirements = ROOT / "requirements.txt"
     run_step("install requirements.txt", [*pip, *pip_args, "-r", str(requirements)])
@@ -102,37 +102,37 @@ def set_up(venv: Path, pip_args: list[str]) -> None:
     for module in ("torch", "torchvision", "cv2", "detectron2", "balanced_d2"):
         failure = import_failure(python, module)
         if failure:
-            raise InstallError(f"{module} is installed but does not import: {failure}")
+            raise InstallError(f"{module} is installed but cannot be imported: {failure}")
     unfinished.unlink()
     ready.touch()
 
 
 def install_opencv(python: Path, pip: list[str], version: str) -> None:
-    """See to it that ``cv2`` imports: without a desktop that takes OpenCV's build without windows.
+    """Make sure that ``cv2`` imports; without a desktop, only OpenCV's headless build does.
 
     Raises:
-        InstallError: if neither build imports, with what to install.
+        InstallError: if neither build can be imported, with the packages to install.
     """
     failure = import_failure(python, "cv2")
     if failure is None:
         return
     if "cannot open shared object file" not in failure:
-        raise InstallError(f"{OPENCV} is installed but does not import: {failure}")
+        raise InstallError(f"{OPENCV} is installed but cannot be imported: {failure}")
     missing = re.findall(r"[\w.+-]+\.so[\w.]*", failure)
     say(
-        f"{OPENCV} needs {missing[0]}, which this machine does not have: putting {HEADLESS} in its "
-        "place. It opens no windows, which demo.py without --output needs, --webcam too; for them: "
-        f"apt-get install {DEBIAN_PACKAGES}, then make clean setup"
+        f"{OPENCV} needs {missing[0]}, which this machine does not have: installing {HEADLESS} "
+        "instead. It cannot open windows, which demo.py without --output needs, also with "
+        f"--webcam; to have them, run: apt-get install {DEBIAN_PACKAGES}, then make clean setup"
     )
-    # Both at once, since their files have the same names.
+    # Both together, because their files have the same names.
     uninstall = [str(python), "-m", "pip", "uninstall", "-q", "-y", OPENCV, HEADLESS]
     run_step(f"remove {OPENCV}", uninstall)
     run_step(f"install {HEADLESS}", [*pip, f"{HEADLESS}=={version}"])
     failure = import_failure(python, "cv2")
     if failure:
         raise InstallError(
-            f"neither {OPENCV} nor {HEADLESS} imports on this machine ({failure}); install what "
-            f"they need, on Debian and Ubuntu: apt-get install {DEBIAN_PACKAGES}"
+            f"neither {OPENCV} nor {HEADLESS} can be imported on this machine ({failure}); install "
+            f"the libraries they need; on Debian and Ubuntu, run: apt-get install {DEBIAN_PACKAGES}"
         )
 
 
@@ -144,10 +144,10 @@ def pinned_version(requirements: Path, package: str) -> str:
 
 
 def run_step(what: str, command: list[str]) -> None:
-    """Run a command whose output is the user's to see.
+    """Run a command and show its output.
 
     Raises:
-        InstallError: if it fails, with its last line of error.
+        InstallError: if it fails, with its last error line.
     """
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
@@ -159,14 +159,14 @@ def run_step(what: str, command: list[str]) -> None:
                 errors.append(line.strip())
         returncode = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it has been interrupted, too
+        process.wait()  # Ctrl-C has interrupted it too
         raise
     if returncode:
         marked = [error for error in errors if re.match(r"ERROR:|\w+: error:", error)]
         error = (marked or errors or [f"exit code {returncode}"])[-1].removeprefix("ERROR: ")
         if "No space left on device" in error:
             error += " (about 8 GB are needed)"
-        raise InstallError(f"could not {what}: {error}; when that is settled, run this again")
+        raise InstallError(f"could not {what}: {error}; fix this and run it again")
 
 
 def say(text: str) -> None:

@@ -1,6 +1,6 @@
-"""COCO evaluation with pycocotools' figures in a fraction of its time, by faster-coco-eval.
+"""COCO evaluation with pycocotools' results in a fraction of its time, with faster-coco-eval.
 
-Part of the pure-Python build of Detectron2 0.6, in the place of its compiled one.
+Part of the pure-Python build of Detectron2 0.6; replaces its compiled evaluation.
 """
 
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
@@ -10,7 +10,7 @@ class COCOeval_opt(COCOeval_faster):
     """pycocotools' ``COCOeval``: the same arguments, parameters, ``eval`` and ``stats``."""
 
     def __init__(self, cocoGt=None, cocoDt=None, iouType="segm"):
-        # Not given to the base, which expects its own class of annotations, not pycocotools'.
+        # Not passed to the base class, which expects its own class of annotations.
         super().__init__(iouType=iouType, print_function=print)
         self.cocoGt, self.cocoDt = cocoGt, cocoDt
         if cocoGt is not None:
@@ -18,10 +18,10 @@ class COCOeval_opt(COCOeval_faster):
             self.params.catIds = sorted(cocoGt.getCatIds())
 
     def _prepare(self):
-        """As the base's, but what pycocotools asks of ground truths is not taken for 0 here.
+        """Like the base class, but fields that pycocotools requires do not default to 0.
 
         Raises:
-            KeyError: with the name of the field that an annotation lacks.
+            KeyError: with the name of the field that is missing from an annotation.
         """
         params = self.params
         required = ("area", "num_keypoints" if params.iouType == "keypoints" else "iscrowd")

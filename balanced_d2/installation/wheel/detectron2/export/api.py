@@ -1,7 +1,8 @@
 """The names of Detectron2's export through Caffe2, which is no longer part of PyTorch.
 
-Part of the pure-Python build of Detectron2 0.6. Programs that import the names next to others, as
-Detectron2's own ``tools/deploy/export_model.py`` does, run; using one of them explains itself.
+Part of the pure-Python build of Detectron2 0.6. Programs that import these names but do not use
+them, such as Detectron2's own ``tools/deploy/export_model.py``, still run; using them raises an
+error that says what to use instead.
 """
 
 from typing import NoReturn
@@ -16,13 +17,13 @@ __all__ = [
 
 
 def add_export_config(cfg):
-    """Return the config as it is: its options were Caffe2's."""
+    """Return the config unchanged: its options were for Caffe2."""
     return cfg
 
 
 def _gone(*args, **kwargs) -> NoReturn:
     raise RuntimeError(
-        "PyTorch no longer has Caffe2, and Detectron2's export through it is gone with it. Use "
+        "PyTorch no longer has Caffe2, so Detectron2's export through it is not available. Use "
         "detectron2.export.TracingAdapter or scripting_with_instances (export_model.py: "
         "--export-method tracing or scripting)"
     )

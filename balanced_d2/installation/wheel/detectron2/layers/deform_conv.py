@@ -1,6 +1,6 @@
-"""Deformable convolution, versions 1 and 2, by torchvision's operator, on the CPU and on CUDA.
+"""Deformable convolution, versions 1 and 2, with torchvision's operator, on the CPU and on CUDA.
 
-Part of the pure-Python build of Detectron2 0.6, in the place of its compiled operators.
+Part of the pure-Python build of Detectron2 0.6; replaces its compiled operators.
 """
 
 import torch
@@ -28,7 +28,7 @@ def deform_conv(
         offset: (N, 2 * deformable_groups * kernel height * kernel width, output height, output
             width), y before x.
         weight: (output channels, C / groups, kernel height, kernel width).
-        im2col_step: not needed here; in the signature for those who give it.
+        im2col_step: not used; accepted for compatibility.
     """
     return modulated_deform_conv(
         input, offset, None, weight, None, stride, padding, dilation, groups, deformable_groups
@@ -47,18 +47,18 @@ def modulated_deform_conv(
     groups=1,
     deformable_groups=1,
 ):
-    """Modulated deformable convolution (Zhu et al., 2019): every sample has a weight, too.
+    """Modulated deformable convolution (Zhu et al., 2019): every sample also has a weight.
 
     Args:
         mask: (N, deformable_groups * kernel height * kernel width, output height, output width).
 
-    The others are those of :func:`deform_conv`.
+    The other arguments are those of :func:`deform_conv`.
 
     Raises:
         RuntimeError: if the shapes do not fit together.
     """
     num_samples = deformable_groups * weight.shape[2] * weight.shape[3]
-    # torchvision takes both numbers of groups from the shapes.
+    # torchvision infers both numbers of groups from the shapes.
     expected = [("offset", offset.shape[1], 2 * num_samples)]
     expected.append(("input", input.shape[1], weight.shape[1] * groups))
     if mask is not None:
@@ -68,7 +68,7 @@ def modulated_deform_conv(
             raise RuntimeError(
                 f"deformable convolution: {name} has {actual} channels, not {wanted}"
             )
-    if input.numel() == 0:  # which torchvision does not take; of the same shape, and differentiable
+    if input.numel() == 0:  # not accepted by torchvision; this has the same shape and a gradient
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return deform_conv2d(
         input, offset, weight, bias, _pair(stride), _pair(padding), _pair(dilation), mask
@@ -93,8 +93,8 @@ class _DeformConvBase(nn.Module):
         activation,
     ):
         super().__init__()
-        assert in_channels % groups == 0, f"{in_channels} channels cannot be in {groups} groups"
-        assert out_channels % groups == 0, f"{out_channels} channels cannot be in {groups} groups"
+        assert in_channels % groups == 0, f"{in_channels} channels cannot form {groups} groups"
+        assert out_channels % groups == 0, f"{out_channels} channels cannot form {groups} groups"
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = _pair(kernel_size)
@@ -129,9 +129,9 @@ class DeformConv(_DeformConvBase):
     """Deformable convolution with the arguments of Detectron2's ``Conv2d``.
 
     Args:
-        deformable_groups: groups of channels with offsets of their own.
-        norm: a layer after it, or None.
-        activation: a function after that, or None.
+        deformable_groups: number of groups of channels, each with its own offsets.
+        norm: a layer applied after the convolution, or None.
+        activation: a function applied after ``norm``, or None.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """RoIAlign of rotated boxes in plain PyTorch, on any device.
 
-Part of the pure-Python build of Detectron2 0.6, in the place of its compiled operator.
+Part of the pure-Python build of Detectron2 0.6; replaces its compiled operator.
 """
 
 import torch
@@ -18,20 +18,20 @@ def roi_align_rotated(
 ) -> torch.Tensor:
     """Average features over the bins of rotated boxes; differentiable in ``input``.
 
-    Each bin is the mean of a grid of points, and each point the bilinear interpolation of the four
-    pixels around it: a weighted sum of pixels, whose weights follow from the boxes alone. Points
-    more than one pixel outside of the features are 0.
+    Each bin is the mean of a grid of points, and each point is interpolated bilinearly from the
+    four pixels around it: a weighted sum of pixels whose weights depend only on the boxes. Points
+    more than one pixel outside the features are 0.
 
     Args:
         input: (N, C, H, W).
         rois: (R, 6): index into N, x and y of the center, width, height (pixels), and angle
             (degrees, counter-clockwise).
         output_size: height and width of the output.
-        spatial_scale: what to multiply the boxes by.
-        sampling_ratio: points of a bin in each direction; 0 for one a pixel.
+        spatial_scale: factor by which the boxes are multiplied.
+        sampling_ratio: points per bin in each direction; 0 for one point per pixel.
 
     Returns:
-        (R, C, output height, output width) in the dtype of ``input``, computed in float32 at least.
+        (R, C, output height, output width) in the dtype of ``input``, computed at least in float32.
 
     Raises:
         ValueError: for a box of negative size.
@@ -43,9 +43,9 @@ def roi_align_rotated(
         pixels, weights, starts = _weights(
             rois.to(dtype), input.shape, (height, width), spatial_scale, sampling_ratio
         )
-    # A row a pixel; one "bag" of rows is one bin.
+    # One row per pixel; one "bag" of rows is one bin.
     features = input.to(dtype).permute(0, 2, 3, 1).reshape(-1, num_channels)
-    if len(pixels) == 0:  # of which embedding_bag makes zeros that know no gradient
+    if len(pixels) == 0:  # here, embedding_bag would return zeros without a gradient
         output = features[:0].sum() + features.new_zeros(len(starts), num_channels)
     else:
         output = F.embedding_bag(pixels, features, starts, mode="sum", per_sample_weights=weights)
@@ -60,7 +60,7 @@ def _weights(
     spatial_scale: float,
     sampling_ratio: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pixels of all bins one after the other, their weights, and where each bin starts."""
+    """The pixels of all bins, concatenated, their weights, and where each bin starts."""
     _, _, height, width = shape
     bins_y, bins_x = output_size
     if bool((rois[:, 3:5] < 0).any()):
@@ -80,7 +80,7 @@ def _weights(
     bin_sizes = num_points.repeat_interleave(bins_y * bins_x)
     starts = bin_sizes.cumsum(0) - bin_sizes
 
-    # For each point of all bins: its RoI, bin, and place in the grid of its bin.
+    # For each point of all bins: its RoI, its bin, and its place in the bin's grid.
     bin_of = torch.arange(len(bin_sizes), device=rois.device).repeat_interleave(bin_sizes)
     place = torch.arange(len(bin_of), device=rois.device) - starts[bin_of]
     roi = bin_of // (bins_y * bins_x)
@@ -99,7 +99,7 @@ def _weights(
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
     top, left = y.floor(), x.floor()
     down, right = y - top, x - left
-    # Beyond the last row and column the weight is 0; the index has to be a valid one.
+    # Beyond the last row and column the weight is 0, but the index still has to be valid.
     rows = torch.stack((top, (top + 1).clamp(max=height - 1)), dim=1).long()
     columns = torch.stack((left, (left + 1).clamp(max=width - 1)), dim=1).long()
     weight_y = torch.stack((1 - down, down), dim=1)
@@ -112,7 +112,7 @@ def _weights(
 
 
 class ROIAlignRotated(nn.Module):
-    """:func:`roi_align_rotated` with its options, as Detectron2's poolers hold it."""
+    """:func:`roi_align_rotated` with its options, as used in Detectron2's poolers."""
 
     def __init__(self, output_size: tuple[int, int], spatial_scale: float, sampling_ratio: int):
         super().__init__()

@@ -1,24 +1,24 @@
 """IoU and non-maximum suppression of rotated boxes in plain PyTorch, on any device.
 
-Part of the pure-Python build of Detectron2 0.6, in the place of its compiled operators.
+Part of the pure-Python build of Detectron2 0.6; replaces its compiled operators.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-# Bounds of what is held at a time: about 100 MB for either.
+# Limits on simultaneous pairs: each needs about 100 MB.
 _PAIRS_COMPARED = 1 << 22
 _PAIRS_INTERSECTED = 1 << 18
 
 
 def pairwise_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """IoU of every pair of two sets of rotated boxes, without gradient.
+    """IoU of every pair of boxes from two sets of rotated boxes, without gradient.
 
     Args:
         boxes1, boxes2: (N, 5) and (M, 5): x and y of the center, width, height (pixels), and angle
-            (degrees, counter-clockwise, where y points down). Float64 is computed in float64, all
-            else in float32.
+            (degrees, counter-clockwise, where y points down). Float64 is computed in float64,
+            everything else in float32.
 
     Returns:
         (N, M) in float32, as from Detectron2's operator. Boxes without an area have an IoU of 0.
@@ -35,10 +35,10 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
     Args:
         boxes: (N, 5), as for :func:`pairwise_iou_rotated`.
         scores: (N,).
-        iou_threshold: a box goes if a box of a higher score that stays has a larger IoU with it.
+        iou_threshold: a box is removed if a kept box with a higher score has a larger IoU with it.
 
     Returns:
-        Indices (int64) of the boxes that stay, in decreasing order of their scores.
+        Indices (int64) of the boxes that are kept, in decreasing order of their scores.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes = boxes[order]
@@ -51,7 +51,7 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
 
 
 if not hasattr(torch.ops.detectron2, "nms_rotated"):
-    # The name by which Detectron2's layers and scripted models call it.
+    # The name under which Detectron2's layers and scripted models call it.
     _operator = torch.library.custom_op("detectron2::nms_rotated", nms_rotated, mutates_args=())
 
     @_operator.register_fake
@@ -60,10 +60,11 @@ if not hasattr(torch.ops.detectron2, "nms_rotated"):
 
 
 def _greedy(num: int, better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """Which of ``num`` boxes stay, where ``better[i]`` suppresses ``worse[i]`` if it stays.
+    """Which of ``num`` boxes are kept, where ``better[i]`` suppresses ``worse[i]`` if it is kept.
 
-    The sequential algorithm, many boxes a step: what no open box can suppress any more stays, what
-    it suppresses goes. There are as many steps as the longest chain of such boxes is long.
+    The sequential algorithm with many boxes per step: boxes that no undecided box can suppress are
+    kept, and the boxes that they suppress are removed. The number of steps is the length of the
+    longest chain of such boxes.
     """
     stays = torch.zeros(num, dtype=torch.bool, device=better.device)
     is_open = ~stays
@@ -87,7 +88,7 @@ def _overlaps(
     """The pairs that may overlap, in blocks: rows, columns and IoU.
 
     Args:
-        upper_triangle: only pairs whose column is larger than their row.
+        upper_triangle: return only pairs whose column is larger than their row.
     """
     dtype = torch.promote_types(torch.promote_types(boxes1.dtype, boxes2.dtype), torch.float32)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
@@ -119,8 +120,8 @@ def _iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
     """IoU of pairs of boxes: (P, 5), (P, 5) to (P,)."""
     areas1, areas2 = boxes1[:, 2] * boxes1[:, 3], boxes2[:, 2] * boxes2[:, 3]
     intersection = _intersection(boxes1, boxes2).minimum(areas1).minimum(areas2)
-    # The matcher of anchors asks which IoUs are equal: those of boxes within others depend on the
-    # boxes within alone, rounded as Detectron2's operator rounds them.
+    # The matcher of anchors compares IoUs for equality. For a box within another, the intersection
+    # therefore depends only on the inner box, rounded as in Detectron2's operator.
     for inner, outer in ((boxes1, boxes2), (boxes2, boxes1)):
         rounded = _rounded_area(inner, outer)
         intersection = torch.where(_is_within(inner, outer), rounded, intersection)
@@ -135,7 +136,7 @@ def _rounded_area(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     width, height = boxes[:, 2, None] / 2, boxes[:, 3, None] / 2
     along, across = torch.cat((cos, -sin), 1) * width, torch.cat((sin, cos), 1) * height
     first, second = center + across + along, center - across + along
-    # The two others are opposite; the area is that of two triangles with the first corner.
+    # The other two corners are opposite; the area is that of two triangles from the first corner.
     x, y = (
         torch.stack((second, 2 * center - first, 2 * center - second), 1)
         .sub(first[:, None])
@@ -169,9 +170,9 @@ def _intersection(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
     """Area that pairs of boxes share: (P, 5), (P, 5) to (P,).
 
     In the coordinates of the second box, which is upright there, the area is the integral over
-    ``|y| <= height / 2`` of how much of ``|x| <= width / 2`` lies between the left and the right
-    border of the first: by Green's theorem, of ``clamp(x)`` along that border over ``dy``. It is
-    continuous in the boxes, so that edges on one another need no tolerance.
+    ``|y| <= height / 2`` of the part of ``|x| <= width / 2`` between the left and right border of
+    the first box: by Green's theorem, the integral of ``clamp(x)`` over ``dy`` along that border.
+    It is continuous in the boxes, so edges that coincide need no tolerance.
     """
     x, y = _corners(boxes1, boxes2)
     x2, y2 = x.roll(-1, 1), y.roll(-1, 1)  # each edge is from x, y to x2, y2
@@ -182,7 +183,7 @@ def _intersection(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
     rise = torch.where(y2 == y, 1, y2 - y)
     x, x2 = (x + (x2 - x) * ((at - y) / rise).clamp(0, 1) for at in (inside, inside2))
 
-    # The mean of clamp(x) along it: of its parts left of, within and right of the second box.
+    # The mean of clamp(x) along it, from its parts left of, within and right of the second box.
     left, right = x.minimum(x2), x.maximum(x2)
     left_within, right_within = (value.clamp(-half_width, half_width) for value in (left, right))
     beyond_left = right.minimum(-half_width) - left.minimum(-half_width)
