@@ -225,9 +225,6 @@ def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in errors[0]
 
 
-assert_told = assert_user_error  # the earlier name, in test_export_tools.py
-
-
 def logged(output: Path) -> list:
     """The lines of a run's metrics.json."""
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]

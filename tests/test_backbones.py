@@ -22,7 +22,7 @@ from balanced_d2.checkpoint import imagenet
 from balanced_d2.modeling import BalancedFPN, TimmBackbone, TorchvisionBackbone
 from balanced_d2.utils.errors import UserError
 
-from .conftest import TINY_MODEL, assert_told
+from .conftest import TINY_MODEL, assert_user_error
 
 ON_TIMM = [
     *("MODEL.BACKBONE.NAME", "build_balanced_fpn_backbone"),
@@ -285,4 +285,4 @@ def test_training_evaluation_and_no_weights_needed_afterwards(
 def test_a_wrong_name_is_refused_at_the_start(tmp_path, train_net_here):
     config = "configs/Base-Lite0-RCNN-FPN.yaml"
     result = train_net_here("MODEL.TIMM.NAME", "nothing", "OUTPUT_DIR", tmp_path, config=config)
-    assert_told(result, "MODEL.TIMM.NAME", "timm has no network 'nothing'")
+    assert_user_error(result, "MODEL.TIMM.NAME", "timm has no network 'nothing'")

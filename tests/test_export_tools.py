@@ -21,7 +21,7 @@ from balanced_d2.export import Comparison
 from balanced_d2.export.verify import Detections
 from balanced_d2.utils.errors import UserError, report_user_errors
 
-from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_told, load_tool, run_program
+from .conftest import DEMO_CONFIG, TINY_CONFIG, assert_user_error, load_tool, run_program
 from .test_export import KEYPOINTS, MASKS, METADATA, small_model, smooth_image
 
 pytestmark = pytest.mark.slow
@@ -431,7 +431,7 @@ def test_export_ends_with_one_line_and_an_exit_code(weights, tmp_path):
         *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path),
         *("MODEL.WEIGHTS", weights / "none.pth"),
     )
-    assert_told(result, "there is no file", "none.pth")
+    assert_user_error(result, "there is no file", "none.pth")
     assert result.returncode == 2
 
 
@@ -472,7 +472,7 @@ def test_runner_tells_what_is_wrong(arguments, parts, exports, bad_files, run_he
     for key, value in fill.items():
         arguments = [argument.replace(key, str(value)) for argument in arguments]
     result = run_here("tools/run_exported.py", *arguments)
-    assert_told(result, *parts)
+    assert_user_error(result, *parts)
     assert result.returncode == 2
 
 

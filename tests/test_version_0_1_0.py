@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from balanced_d2 import load_config
 
-from .conftest import ROOT, assert_told, load_tool, logged, write_coco
+from .conftest import ROOT, assert_user_error, load_tool, logged, write_coco
 
 OLD = ROOT / "tests" / "data" / "0.1.0"
 CONFIG, WEIGHTS = OLD / "faster_rcnn.yaml", OLD / "faster_rcnn.pth"
@@ -93,7 +93,7 @@ def test_balances_that_0_1_0_set_on_every_model(old_train_net, tmp_path):
     is evaluated and resumed with a warning, but no new training begins that way."""
     config = OLD / "retinanet.yaml"
     idle = "MODEL.ROI_HEADS.NEGATIVE_SAMPLER is 'iou_balanced', but BalancedRetinaNet has no RoI"
-    assert_told(old_train_net(config=config), idle)
+    assert_user_error(old_train_net(config=config), idle)
 
     weights = tmp_path / "weights.pth"
     model = build_model(load_config(str(config), []))

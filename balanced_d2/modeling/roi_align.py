@@ -4,7 +4,7 @@ import torch
 from detectron2.layers import ROIAlign
 from torch import nn
 
-from balanced_d2.layers.exporting import is_plain_eager
+from balanced_d2.layers.exporting import is_exporting
 from balanced_d2.layers.sparse_roi_align import roi_align
 
 
@@ -25,7 +25,8 @@ class SparseROIAlign(ROIAlign):
         Returns:
             Tensor of shape (K, C, height, width) of ``output_size``.
         """
-        if input.device.type != "cpu" or not is_plain_eager():
+        is_eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling() or is_exporting())
+        if input.device.type != "cpu" or not is_eager:
             return super().forward(input, rois)
         output_size = nn.modules.utils._pair(self.output_size)
         return roi_align(
