@@ -16,7 +16,7 @@ import torch
 from detectron2.modeling import build_model
 
 from balanced_d2 import load_config
-from balanced_d2.checkpoint import load_weights, mmdet
+from balanced_d2.checkpoint import conversion, load_weights, mmdet
 from balanced_d2.checkpoint.unpickle import Nothing, load_inert
 from balanced_d2.utils.errors import UserError, report_user_errors
 
@@ -38,7 +38,7 @@ MODELS = {
 def state_dict(name, num_classes=80):
     """Tensors that differ from each other, by MMDetection's names."""
     if not KEYS.is_dir():
-        pytest.skip("needs mmdet_keys in ../shared/data, which does not exist")
+        pytest.skip("needs mmdet_keys in ../shared/data, which this machine has not")
     of_classes = {81: num_classes + 1, 320: 4 * num_classes, 720: 9 * num_classes}
     state = OrderedDict()
     for key, shape in json.loads((KEYS / f"{name}.json").read_text()).items():
@@ -46,14 +46,14 @@ def state_dict(name, num_classes=80):
             shape = [of_classes[shape[0]], *shape[1:]]
         if key.endswith("num_batches_tracked"):
             state[key] = torch.tensor(len(state))
-        else:  # all values differ along the first axis, the one with the anchors
+        else:  # all values differ within the first axis, which the anchors are in
             rows = torch.arange(shape[0], dtype=torch.float32) / 1024 + len(state)
             state[key] = rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)  # small in the file
     return state
 
 
 class Runs:
-    """An object for which pickle calls a function when it is loaded."""
+    """What pickle calls a function for when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -63,7 +63,7 @@ class Runs:
 
 
 class Other:
-    """Like classes of other libraries, it cannot be imported where the file is read."""
+    """As the classes of other libraries: cannot be imported where the file is read."""
 
     def __init__(self, **attributes):
         self.__dict__.update(attributes)
@@ -78,7 +78,7 @@ class Items(list):
 
 
 def beside(marker):
-    """What a checkpoint may contain beside the weights; two items write the file ``marker``."""
+    """What may lie in a checkpoint beside the weights; two of them write the file ``marker``."""
     return {
         "meta": {
             "args": argparse.Namespace(lr=0.02, files=["a.jpg"]),
@@ -117,7 +117,7 @@ def convert(source, output, monkeypatch):
 
 
 def original(name, tensor, is_retinanet):
-    """MMDetection's name and value of a converted tensor, without using the tool's table."""
+    """The name and value in MMDetection of a converted tensor; not by the tool's table."""
     module, parameter = name.rsplit(".", 1)
     first = 3 if is_retinanet else 2
     if found := re.fullmatch(r"backbone\.bottom_up\.res(.)\.(\d+)\.(.+)", module):
@@ -197,7 +197,7 @@ def test_other_classes_prefix_and_half_precision(name, options):
     """A bare state dict of a model that was fine-tuned on several GPUs."""
     state = state_dict(name, num_classes=3)
     source = {f"module.{k}": v.half() if v.dim() else v for k, v in state.items()}
-    tensors = mmdet.state_dict_of(source)
+    tensors = conversion.state_dict_of(source)
     recognised = mmdet.recognise(tensors)
     assert recognised.config == MODELS[name] and recognised.options == options
     cfg = load_config(f"{CONFIGS}/{recognised.config}", recognised.options)
@@ -210,12 +210,12 @@ def test_other_classes_prefix_and_half_precision(name, options):
 
 def test_parts_of_large_tensors_are_written_alone():
     large = torch.zeros(1000, 3)
-    (tensor,) = mmdet.state_dict_of({"a.weight": large[0]}).values()
+    (tensor,) = conversion.state_dict_of({"a.weight": large[0]}).values()
     assert tensor.untyped_storage().nbytes() == 12
 
 
 def test_each_anchor_keeps_its_outputs():
-    """MMDetection's anchors, from plain loops in its order, against those of the built model."""
+    """MMDetection's anchors, by plain loops in its order, against those of the built model."""
     cfg = load_config(f"{CONFIGS}/{MODELS[RETINANET]}", ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
     strides = [8, 16, 32, 64, 128]
@@ -232,7 +232,7 @@ def test_each_anchor_keeps_its_outputs():
     num_classes = 80
     weight = torch.randn(9 * num_classes, 4)
     x = torch.randn(4)
-    logits = {"theirs": weight @ x, "ours": mmdet.sizes_before_ratios(weight) @ x}
+    logits = {"theirs": weight @ x, "ours": conversion.sizes_before_ratios(weight) @ x}
     per_anchor = {key: value.view(9, num_classes) for key, value in logits.items()}
     for level in range(len(strides)):
         for i, anchor in enumerate(theirs[level]):
@@ -259,7 +259,7 @@ def test_pickled_code_is_not_run(save, marker, tmp_path):
 
 
 def test_a_pickle_cannot_change_pytorch(tmp_path):
-    """By setting attributes of a function that it may refer to."""
+    """By setting attributes of a function that it may name."""
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
     state = b"(N(S'__defaults__'\n(I1\ntdt"  # (None, {"__defaults__": (1,)})
     (tmp_path / "file.pth").write_bytes(b"ctorch._utils\n_rebuild_tensor_v2\n" + state + b"b.")
@@ -313,15 +313,15 @@ def drop(state, *names):
         ),
         "depth": (
             lambda state: state.update({"backbone.layer3.35.conv1.weight": torch.ones(1)}),
-            ["its backbone is not a ResNet", "7 blocks"],
+            ["its backbone is no ResNet", "7 blocks"],
         ),
         "other detector": (
             lambda state: drop(state, *[k for k in state if "bbox_head" in k]),
-            ["neither a Faster R-CNN nor a RetinaNet", "bbox_head.retina_cls.bias"],
+            ["holds no Faster R-CNN and no RetinaNet", "bbox_head.retina_cls.bias"],
         ),
         "no classes": (
             lambda state: state.update({"roi_head.bbox_head.fc_cls.bias": torch.tensor(1.0)}),
-            ["a Faster R-CNN without classes"],
+            ["a Faster R-CNN that has no classes"],
         ),
         "twice": (
             lambda state: state.update({"neck.0.fpn_convs.00.conv.bias": torch.ones(256)}),
@@ -330,15 +330,15 @@ def drop(state, *names):
         "not tensors": (lambda state: state.update(epoch=3), ["'epoch' is not a tensor"]),
     }.values(),
 )
-def test_mismatches_are_named(change, parts):
+def test_what_does_not_fit_is_named(change, parts):
     state = state_dict(FASTER_RCNN)
     change(state)
-    with pytest.raises(UserError) as error:
-        tensors = mmdet.state_dict_of(state)
+    with pytest.raises(UserError) as told:
+        tensors = conversion.state_dict_of(state)
         recognised = mmdet.recognise(tensors)
         cfg = load_config(f"{CONFIGS}/{recognised.config}", recognised.options)
         mmdet.convert(tensors, recognised, cfg)
-    assert all(part in str(error.value) for part in parts), error.value
+    assert all(part in str(told.value) for part in parts), told.value
 
 
 @pytest.fixture(scope="module")
@@ -364,13 +364,13 @@ def files(tmp_path_factory):
         "folder": ("", "out.pth", ["there is no file"]),
         "text": ("text.pth", "out.pth", ["text.pth is not a PyTorch checkpoint"]),
         "nothing": ("nothing.pth", "out.pth", ["nothing.pth is not a PyTorch checkpoint"]),
-        "cut": ("cut.pth", "out.pth", ["cut.pth is not a PyTorch checkpoint, or is damaged"]),
+        "cut": ("cut.pth", "out.pth", ["cut.pth is not a PyTorch checkpoint, or damaged"]),
         "TorchScript": ("script.pth", "out.pth", ["script.pth is a TorchScript model"]),
         "list": ("list.pth", "out.pth", ["list.pth: it contains no state dict"]),
         "empty": ("empty.pth", "out.pth", ["empty.pth: it contains no state dict"]),
         "stand-in": ("stand_in.pth", "out.pth", ["stand_in.pth: it contains no state dict"]),
         "Detectron2's": ("model.pth", "out.pth", ["'model' is not a tensor"]),
-        "other model": ("other.pth", "out.pth", ["other.pth: it contains neither a Faster R-CNN"]),
+        "other model": ("other.pth", "out.pth", ["other.pth: it holds no Faster R-CNN"]),
         "output below a file": ("other.pth", "text.pth/out.pth", ["cannot write to the folder"]),
         "output is the input": ("other.pth", "other.pth", ["would replace the checkpoint"]),
     }.values(),

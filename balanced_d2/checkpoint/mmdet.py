@@ -1,24 +1,16 @@
 """Conversion of MMDetection's Libra R-CNN models: names, order of anchors, and config."""
 
-import re
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
-from balanced_d2.utils.errors import UserError, first_of
+from balanced_d2.checkpoint import conversion
+from balanced_d2.checkpoint.conversion import NUM_ANCHORS, RESNET, Rules, State, below
+from balanced_d2.utils.errors import UserError
 
-# MMDetection's names of modules, and those of Detectron2 or this project. {i} stands for a number,
-# {i+2} and {2i} for numbers computed from it. The first row that matches is used.
-COMMON = (
-    ("backbone.conv1", "backbone.bottom_up.stem.conv1"),
-    ("backbone.bn1", "backbone.bottom_up.stem.conv1.norm"),
-    ("backbone.layer{k}.{i}.conv{j}", "backbone.bottom_up.res{k+1}.{i}.conv{j}"),
-    ("backbone.layer{k}.{i}.bn{j}", "backbone.bottom_up.res{k+1}.{i}.conv{j}.norm"),
-    ("backbone.layer{k}.{i}.downsample.0", "backbone.bottom_up.res{k+1}.{i}.shortcut"),
-    ("backbone.layer{k}.{i}.downsample.1", "backbone.bottom_up.res{k+1}.{i}.shortcut.norm"),
+# MMDetection's names of modules, and those of Detectron2 or this project.
+COMMON: Rules = (
+    *below("backbone", "backbone.bottom_up", RESNET),
     ("neck.1.refine.theta.conv", "backbone.balancer.refine.theta"),
     ("neck.1.refine.phi.conv", "backbone.balancer.refine.phi"),
     ("neck.1.refine.g.conv", "backbone.balancer.refine.g"),
@@ -50,8 +42,6 @@ MODULES = {
 }
 # Detectron2's modules with one or more outputs for each of the anchors at a location.
 PER_ANCHOR = ("head.cls_score", "head.bbox_pred")
-NUM_SIZES = NUM_RATIOS = 3
-COCO_CLASSES = 80
 BLOCKS_TO_DEPTH = {6: 50, 23: 101}  # of the third stage
 CONFIGS = {
     ("Faster R-CNN", "R-50"): "libra_faster_rcnn_R_50_FPN_1x.yaml",
@@ -59,22 +49,21 @@ CONFIGS = {
     ("Faster R-CNN", "X-101-64x4d"): "libra_faster_rcnn_X_101_64x4d_FPN_1x.yaml",
     ("RetinaNet", "R-50"): "libra_retinanet_R_50_FPN_1x.yaml",
 }
-State = Dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Recognised(conversion.Recognised):
     """A model of MMDetection, recognised by its tensors.
 
     Args:
         detector: a key of ``MODULES``.
-        backbone: name of the backbone, such as ``"R-50"``.
         num_classes: number of classes, without background.
+        backbone: name of the backbone, such as ``"R-50"``.
     """
 
-    detector: str
+    project = "MMDetection"
+
     backbone: str
-    num_classes: int
 
     def __str__(self) -> str:
         return f"Libra {self.detector}, {self.backbone}, {self.num_classes} classes"
@@ -84,74 +73,36 @@ class Recognised:
         """The file in ``configs/MMDetection/``."""
         return CONFIGS[self.detector, self.backbone]
 
-    @property
-    def options(self) -> List[str]:
-        """``KEY VALUE`` pairs that the config also needs."""
-        if self.num_classes == COCO_CLASSES:
-            return []
-        node = "RETINANET" if self.detector == "RetinaNet" else "ROI_HEADS"
-        return [f"MODEL.{node}.NUM_CLASSES", str(self.num_classes)]
-
-
-def state_dict_of(checkpoint: object) -> State:
-    """The model's tensors from the content of a checkpoint file.
-
-    Args:
-        checkpoint: a state dict, or a dict with a state dict under ``state_dict``. Names may have
-            the prefix ``module.`` of distributed training.
-
-    Returns:
-        The tensors in float32, by MMDetection's names, without batch counters.
-
-    Raises:
-        UserError: if there are no such tensors.
-    """
-    state = checkpoint
-    if isinstance(state, dict) and "state_dict" in state:
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state:
-        raise UserError("it contains no state dict")
-    tensors = {}
-    for name, tensor in dict.items(state):
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"it contains no state dict: {name!r} is not a tensor with a name")
-        if not name.endswith(".num_batches_tracked"):
-            # Copied, because a view would later be saved together with the whole tensor behind it.
-            tensors[name] = tensor.detach().to(torch.float32, copy=True).contiguous()
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name[len("module.") :]: tensor for name, tensor in tensors.items()}
-    return tensors
-
 
 def recognise(state: State) -> Recognised:
-    """Recognise the model of a state dict that has MMDetection's names.
+    """Which of MMDetection's Libra models a state dict, by MMDetection's names, belongs to.
 
     Raises:
-        UserError: if there is no config for it.
+        UserError: if it is none of those that there is a config for.
     """
     if "roi_head.bbox_head.fc_cls.bias" in state:
         detector = "Faster R-CNN"
         num_classes = state["roi_head.bbox_head.fc_cls.bias"].numel() - 1
     elif "bbox_head.retina_cls.bias" in state:
         detector = "RetinaNet"
-        num_classes = state["bbox_head.retina_cls.bias"].numel() // (NUM_SIZES * NUM_RATIOS)
+        num_classes = state["bbox_head.retina_cls.bias"].numel() // NUM_ANCHORS
     else:
         raise UserError(
-            "it contains neither a Faster R-CNN nor a RetinaNet with MMDetection's names: "
-            "roi_head.bbox_head.fc_cls.bias and bbox_head.retina_cls.bias are both missing"
+            "it holds no Faster R-CNN and no RetinaNet by MMDetection's names: there is neither "
+            "roi_head.bbox_head.fc_cls.bias nor bbox_head.retina_cls.bias"
         )
     if num_classes < 1:
-        raise UserError(f"it contains a {detector} without classes")
+        raise UserError(f"it holds a {detector} that has no classes")
     if not any(name.startswith("neck.1.refine.") for name in state):
         raise UserError(
-            f"it contains a plain {detector}, not a Libra model: neck.1.refine, the balanced "
-            "feature pyramid, is missing"
+            f"it holds a plain {detector}, not a Libra model: neck.1.refine, the balanced feature "
+            "pyramid, is missing"
         )
     backbone = _recognise_backbone(state)
     if (detector, backbone) not in CONFIGS:
         known = ", ".join(" ".join(key) for key in CONFIGS)
         raise UserError(f"there is no config for a Libra {detector} {backbone}, only for: {known}")
-    return Recognised(detector, backbone, num_classes)
+    return Recognised(detector, num_classes, backbone)
 
 
 def convert(state: State, recognised: Recognised, cfg: CfgNode) -> State:
@@ -168,46 +119,12 @@ def convert(state: State, recognised: Recognised, cfg: CfgNode) -> State:
     Raises:
         UserError: if tensors are missing, left over or of another shape.
     """
-    rules = MODULES[recognised.detector]
-    backwards = [(theirs, ours) for ours, theirs in rules]
-    new_names = {name: _translate(name, rules) for name in state}
-    old_names = {new: old for old, new in new_names.items() if new is not None}
-    expected = _shapes(cfg)
-    problems = [
-        *(
-            f"{_translate(name, backwards) or name} is missing"
-            for name in expected
-            if name not in old_names
-        ),
-        *(f"{old} is left over" for old, new in new_names.items() if new not in expected),
-        *(
-            f"{old} has shape {tuple(state[old].shape)}, not {expected[new]}"
-            for new, old in old_names.items()
-            if new in expected and tuple(state[old].shape) != expected[new]
-        ),
-    ]
-    if problems:
-        raise UserError(f"it does not contain a {recognised}: {first_of(problems)}")
-    converted = {name: state[old_names[name]] for name in expected}
+    shapes = conversion.model_shapes(cfg)
+    converted = conversion.rename(state, MODULES[recognised.detector], recognised, shapes)
     for name in converted:
         if name.rpartition(".")[0] in PER_ANCHOR:
-            converted[name] = sizes_before_ratios(converted[name])
+            converted[name] = conversion.sizes_before_ratios(converted[name])
     return converted
-
-
-def sizes_before_ratios(per_anchor: torch.Tensor) -> torch.Tensor:
-    """Reorder the anchors of a location from MMDetection's order to Detectron2's.
-
-    MMDetection lists all sizes for each ratio, Detectron2 all ratios for each size.
-
-    Args:
-        per_anchor: weight or bias of a layer, shape (9 * K, ...): K values per anchor.
-
-    Returns:
-        A tensor of the same shape.
-    """
-    grouped = per_anchor.reshape(NUM_RATIOS, NUM_SIZES, -1, *per_anchor.shape[1:])
-    return grouped.transpose(0, 1).reshape(per_anchor.shape).contiguous()
 
 
 def _recognise_backbone(state: State) -> str:
@@ -215,52 +132,10 @@ def _recognise_backbone(state: State) -> str:
     weight = state.get("backbone.layer1.0.conv2.weight")
     if len(blocks) not in BLOCKS_TO_DEPTH or weight is None or weight.dim() != 4:
         raise UserError(
-            "its backbone is not a ResNet or ResNeXt of 50 or 101 layers with MMDetection's names "
-            f"({len(blocks)} blocks in backbone.layer3 instead of 6 or 23)"
+            "its backbone is no ResNet or ResNeXt of 50 or 101 layers by MMDetection's names "
+            f"({len(blocks)} blocks in backbone.layer3, where those have 6 and 23)"
         )
     depth = BLOCKS_TO_DEPTH[len(blocks)]
     width, width_per_group = weight.shape[:2]
     groups = width // max(width_per_group, 1)
     return f"R-{depth}" if groups == 1 else f"X-{depth}-{groups}x{width_per_group}d"
-
-
-def _shapes(cfg: CfgNode) -> Dict[str, Tuple[int, ...]]:
-    cfg = cfg.clone()
-    cfg.MODEL.DEVICE = "meta"  # tensors without memory: only their shapes are needed
-    with torch.device("meta"):
-        model = build_model(cfg)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-# {i}, {2i} or {i+3} in a row of the table
-_TERM = re.compile(r"\{(\d*)([a-z])\+?(\d*)\}")
-
-
-def _translate(name: str, rules: Sequence[Tuple[str, str]]) -> Optional[str]:
-    """The new name of a tensor by the first rule (template, template) that matches, if any."""
-    module, _, parameter = name.rpartition(".")
-    for template, other in rules:
-        numbers = _match(template, module)
-        if numbers is not None:
-            return f"{_fill(other, numbers)}.{parameter}"
-    return None
-
-
-def _fill(template: str, numbers: Dict[str, int]) -> str:
-    return _TERM.sub(
-        lambda term: str(int(term[1] or 1) * numbers[term[2]] + int(term[3] or 0)), template
-    )
-
-
-def _match(template: str, module: str) -> Optional[Dict[str, int]]:
-    """The number for each letter, if the name of a module matches a template."""
-    literals = _TERM.split(template)[::4]
-    match = re.fullmatch(r"(0|[1-9][0-9]*)".join(map(re.escape, literals)), module)
-    if match is None:
-        return None
-    numbers = {}
-    for (factor, letter, offset), digits in zip(_TERM.findall(template), match.groups()):
-        numbers[letter], rest = divmod(int(digits) - int(offset or 0), int(factor or 1))
-        if rest or numbers[letter] < 0:
-            return None
-    return numbers
