@@ -119,8 +119,9 @@ def test_equal_at_sizes_never_seen(refine_type, kind, tmp_path):
         ["MODEL.BALANCED_FPN.REFINE_LEVEL", "4"],
         ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"],
         ["MODEL.BALANCED_FPN.ENABLED", "False"],
+        ["MODEL.ANCHOR_GENERATOR.NAME", "TorchvisionAnchorGenerator"],
     ],
-    ids=["few proposals", "refined at P6", "class-agnostic", "plain FPN"],
+    ids=["few proposals", "refined at P6", "class-agnostic", "plain FPN", "torchvision's anchors"],
 )
 def test_equal_for_other_configs(opts, kind, tmp_path):
     model = small_model(*opts)

@@ -24,6 +24,9 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.MODEL.BALANCED_FPN.ZERO_INIT = False
     # For P3-P7: whether there is a ReLU between P6 and P7 (MMDetection has none).
     cfg.MODEL.BALANCED_FPN.P7_RELU = True
+    # Of P3-P7: whether P6 is computed from P5, as in torchvision's RetinaNet, and not from the last
+    # features of the backbone.
+    cfg.MODEL.BALANCED_FPN.P6_FROM_P5 = False
 
     # Whether the model has its channels last in memory, which is faster on CPUs and, in mixed
     # precision, on GPUs: in training, evaluation and detection.

@@ -5,6 +5,7 @@ import balanced_d2.utils.requirements  # noqa: F401
 # isort: split
 from balanced_d2 import layers
 from balanced_d2.layers import *  # noqa: F403  # their names are known here, too
+from balanced_d2.modeling.anchors import TorchvisionAnchorGenerator
 from balanced_d2.modeling.backbones import (
     build_balanced_fpn_backbone,
     build_balanced_resnet_fpn_backbone,
@@ -40,6 +41,7 @@ __all__ = [
     "BalancedRetinaNet",
     "BalancedSamplingMixin",
     "TimmBackbone",
+    "TorchvisionAnchorGenerator",
     "TorchvisionBackbone",
     "build_balanced_fpn_backbone",
     "build_balanced_resnet_fpn_backbone",

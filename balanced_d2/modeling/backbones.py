@@ -34,11 +34,13 @@ def _build_p2_to_p6(cfg, bottom_up: Backbone) -> FPN:
 
 
 def _build_p3_to_p7(cfg, bottom_up: Backbone) -> FPN:
-    coarsest = cfg.MODEL.FPN.IN_FEATURES[-1]
-    channels = bottom_up.output_shape()[coarsest].channels
-    top_block = P6P7(
-        channels, cfg.MODEL.FPN.OUT_CHANNELS, coarsest, relu=cfg.MODEL.BALANCED_FPN.P7_RELU
-    )
+    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    if cfg.MODEL.BALANCED_FPN.P6_FROM_P5:
+        read, channels = "p5", out_channels
+    else:
+        read = cfg.MODEL.FPN.IN_FEATURES[-1]
+        channels = bottom_up.output_shape()[read].channels
+    top_block = P6P7(channels, out_channels, read, relu=cfg.MODEL.BALANCED_FPN.P7_RELU)
     return _build_fpn(cfg, bottom_up, top_block)
 
 
