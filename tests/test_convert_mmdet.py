@@ -364,7 +364,7 @@ def files(tmp_path_factory):
         "folder": ("", "out.pth", ["there is no file"]),
         "text": ("text.pth", "out.pth", ["text.pth is not a PyTorch checkpoint"]),
         "nothing": ("nothing.pth", "out.pth", ["nothing.pth is not a PyTorch checkpoint"]),
-        "cut": ("cut.pth", "out.pth", ["cut.pth is not a PyTorch checkpoint, or damaged"]),
+        "cut": ("cut.pth", "out.pth", ["cut.pth is not a PyTorch checkpoint, or is damaged"]),
         "TorchScript": ("script.pth", "out.pth", ["script.pth is a TorchScript model"]),
         "list": ("list.pth", "out.pth", ["list.pth: it contains no state dict"]),
         "empty": ("empty.pth", "out.pth", ["empty.pth: it contains no state dict"]),
