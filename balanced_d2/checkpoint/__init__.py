@@ -3,6 +3,11 @@
 import balanced_d2.utils.requirements  # noqa: F401
 
 # isort: split
-from balanced_d2.checkpoint.checkpointer import BalancedCheckpointer, check_space, load_weights
+from balanced_d2.checkpoint.checkpointer import (
+    BalancedCheckpointer,
+    check_space,
+    load_weights,
+    start_from,
+)
 
-__all__ = ["BalancedCheckpointer", "check_space", "load_weights"]
+__all__ = ["BalancedCheckpointer", "check_space", "load_weights", "start_from"]

@@ -5,13 +5,17 @@ import logging
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import nn
 
+from balanced_d2.checkpoint import finetune
 from balanced_d2.checkpoint.unpickle import check_arrays, numpy_allowed
 from balanced_d2.utils.errors import StopTraining, UserError, first_of
 from balanced_d2.utils.files import check_writable, open_replacing
@@ -44,11 +48,20 @@ class BalancedCheckpointer(DetectionCheckpointer):
     - ``x.pth?matching_heuristics=True`` matches the names in a local file heuristically, which
       Detectron2 itself supports only on main and only in a single process.
 
-    Args: as for Detectron2's ``DetectionCheckpointer``.
+    Args: as for Detectron2's ``DetectionCheckpointer``, and:
+        class_names: of the model's classes, which are saved with it.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        class_names: Optional[Sequence[str]] = None,
+        **kwargs,
+    ):
         super().__init__(model, save_dir, **kwargs)
+        self.class_names = class_names and list(class_names)
         self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
         self._matching_heuristics = False  # True while such a file is loaded
 
@@ -68,6 +81,8 @@ class BalancedCheckpointer(DetectionCheckpointer):
                 f"infinity (the first is {broken[0]}); earlier checkpoints are kept. Try a lower "
                 "SOLVER.BASE_LR, a longer warm-up or SOLVER.CLIP_GRADIENTS"
             )
+        if self.class_names:
+            kwargs.setdefault(finetune.CLASS_NAMES, self.class_names)
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:  # PyTorch raises the second for a full disk
@@ -132,6 +147,27 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
 
 
+def start_from(model: nn.Module, path: str, class_names: Optional[Sequence[str]] = None) -> None:
+    """Load what a checkpoint has for a model that is about to be trained.
+
+    What depends on the classes is matched by their names; what the checkpoint lacks stays as it
+    was initialised. The log has one table of it. With the same classes, this is Detectron2's own
+    loading.
+
+    Args:
+        path: file or address; ``""`` leaves the model as it is.
+        class_names: of the model's classes, if known.
+
+    Raises:
+        UserError: if the checkpoint cannot be read, or nothing in it, or nothing for the backbone,
+            fits the model.
+    """
+    try:
+        _StartingCheckpointer(model, class_names=class_names).load(path)
+    except UserError as error:
+        raise UserError(f"MODEL.WEIGHTS: {error}") from error
+
+
 def check_space(folder: str, needed: int) -> None:
     """Raise :class:`UserError` if a folder is not writable or has no room for a file.
 
@@ -163,6 +199,86 @@ class _FittingCheckpointer(BalancedCheckpointer):
             raise ValueError(
                 "it does not contain the model that the config describes: " + first_of(problems)
             )
+
+
+class _StartingCheckpointer(BalancedCheckpointer):
+    _path = ""
+
+    def load(self, path: str, *args, **kwargs):
+        self._path = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint):
+        names, ours = list(checkpoint["model"]), self.model.state_dict()
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        if checkpoint.pop("matching_heuristics", False):
+            with _without_warnings("detectron2.checkpoint.c2_model_loading"):
+                checkpoint["model"] = align_and_update_state_dicts(
+                    ours,
+                    checkpoint["model"],
+                    c2_conversion=checkpoint.get("__author__") == "Caffe2",
+                )
+        weights = checkpoint["model"]
+        _strip_prefix_if_present(weights, "module.")
+        adapted = finetune.adapt_classes(
+            weights,
+            ours,
+            finetune.class_names_of(checkpoint, finetune.num_classes(ours)),
+            self.class_names,
+        )
+        for name in adapted.dropped:
+            del weights[name]
+        weights.update(adapted.tensors)
+        fitting = {
+            name
+            for name, tensor in weights.items()
+            if name in ours and tensor.shape == ours[name].shape
+        }
+        try:
+            finetune.check_fits(ours, fitting, names)
+        except UserError as error:
+            raise UserError(f"{self._path} does not fit the model: {error}") from error
+        reshaped = [name for name in weights if name in ours and name not in fitting]
+        incompatible = super()._load_model(checkpoint)
+
+        # Frozen batch norm completes the statistics of files that have them in its weights.
+        missing = {*incompatible.missing_keys, *reshaped, *adapted.dropped}
+        taken = fitting | {
+            name
+            for name in ours
+            if name not in missing and f"{name.rpartition('.')[0]}.weight" in fitting
+        }
+        left_over = [
+            name
+            for name in (*incompatible.unexpected_keys, *reshaped, *adapted.dropped)
+            if name not in ("pixel_mean", "pixel_std")  # the model's are those of its config
+        ]
+        logger = logging.getLogger(__name__)
+        logger.info(
+            f"{self._path}: what the model starts with\n"
+            + finetune.report(ours, taken, adapted, left_over)
+        )
+        if adapted.message:
+            logger.warning(f"{self._path}: {adapted.message}")
+        backbone = [name for name in ours if finetune.part_of(name) == "backbone"]
+        new = sum(name not in taken for name in backbone)
+        if new:
+            logger.warning(
+                f"{self._path}: {new} of the {len(backbone)} tensors of the backbone are not in "
+                "it, or of another shape: it may be of another network"
+            )
+        # None, so that fvcore does not list again, one by one, what is in the table.
+
+
+@contextmanager
+def _without_warnings(name: str):
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _AtomicWrites:

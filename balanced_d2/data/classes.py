@@ -1,7 +1,7 @@
 """The classes of a model, and their names."""
 
 import logging
-from typing import Optional
+from typing import List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -31,6 +31,21 @@ def num_classes_key(cfg: CfgNode) -> tuple[str, Optional[int]]:
     if issubclass(meta_architecture, RetinaNet):
         return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     return "", None
+
+
+def training_classes(cfg: CfgNode) -> Optional[List[str]]:
+    """The names of the classes that a model is trained on, once its data are loaded.
+
+    None if they are not known, or are of another number than the model's, as where a mapper
+    changes them.
+    """
+    names = None
+    if cfg.DATASETS.TRAIN:  # of which all have the same classes
+        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    _, num_classes = num_classes_key(cfg)
+    if names is None or num_classes not in (None, len(names)):
+        return None
+    return [str(name) for name in names]
 
 
 def model_metadata(cfg: CfgNode) -> Metadata:

@@ -16,7 +16,8 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from balanced_d2.checkpoint import BalancedCheckpointer, check_space
+from balanced_d2.checkpoint import BalancedCheckpointer, check_space, start_from
+from balanced_d2.data.classes import training_classes
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
 from balanced_d2.engine.speed import autocast, speed_up
@@ -62,7 +63,10 @@ class BalancedTrainer(DefaultTrainer):
     def build_hooks(self):
         # Replaces the one that DefaultTrainer has just created.
         self.checkpointer = BalancedCheckpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self._trainer.model,
+            self.cfg.OUTPUT_DIR,
+            class_names=training_classes(self.cfg),
+            trainer=weakref.proxy(self),
         )
         built = [
             ResumablePreciseBN(
@@ -130,9 +134,15 @@ class BalancedTrainer(DefaultTrainer):
         """
         Raises:
             UserError: if there are checkpoints to resume from but none can be read, or if training
-                starts with balances that its model does not support.
+                starts with balances that its model does not support, or with weights that do not
+                fit it.
         """
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        newest = self.checkpointer.get_checkpoint_file() if resume else ""
+        if newest:
+            self.checkpointer.load(newest)
+        else:
+            weights, class_names = self.cfg.MODEL.WEIGHTS, self.checkpointer.class_names
+            start_from(self._trainer.model, weights, class_names)
         if self.start_iter == 0:
             check_balanced(self.cfg, self.model)
         if not resume or self.start_iter != self.max_iter:
