@@ -88,6 +88,8 @@ def write(state, file, **others):
     """As Detectron2 saves it (.pth), or as its zoo has it (.pkl)."""
     if file.suffix == ".pkl":
         arrays = {key: value.numpy() for key, value in state.items()}
+        arrays["pixel_mean"] = np.zeros((3, 1, 1), np.float32)  # no longer a weight
+        arrays["proposal_generator.anchor_generator.cell_anchors.0"] = np.zeros((3, 4), np.float32)
         content = {"model": arrays, "__author__": "Detectron2 Model Zoo", **others}
         file.write_bytes(pickle.dumps(content))
     else:

@@ -119,7 +119,7 @@ def match_names(theirs: Sequence[str], ours: Sequence[str]) -> List[Optional[int
     Where none is the same to the letter, upper and lower case, spaces, underscores and hyphens
     make no difference.
     """
-    exact = {name: index for index, name in reversed(list(enumerate(theirs)))}
+    exact = {name: index for index, name in enumerate(theirs)}
     alike = {_plain(name): index for index, name in reversed(list(enumerate(theirs)))}
     return [exact.get(name, alike.get(_plain(name))) for name in ours]
 
