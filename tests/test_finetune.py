@@ -15,7 +15,7 @@ from torch import nn
 
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import BalancedCheckpointer, load_weights, start_from
-from balanced_d2.checkpoint.finetune import adapt_classes, match_names, num_classes
+from balanced_d2.checkpoint.finetune import adapt_classes, match_names, num_classes, report
 from balanced_d2.data import register_coco
 from balanced_d2.data.classes import training_classes
 from balanced_d2.utils.errors import UserError
@@ -30,6 +30,7 @@ TINY = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8"),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.FPN.OUT_CHANNELS", "8"),
     *("MODEL.ROI_BOX_HEAD.FC_DIM", "8", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8"),
+    *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8, 8)"),
 ]
 # name: config, options that make it plain, and the modules whose rows belong to classes, with how
 # many anchors they have and how many rows of each class
@@ -47,6 +48,11 @@ ARCHITECTURES = {
             "roi_heads.box_predictor.bbox_pred": (1, 4),
             "roi_heads.mask_head.predictor": (1, 1),
         },
+    ),
+    "Keypoint R-CNN": (
+        "COCO-Keypoints/balanced_keypoint_rcnn_R_50_FPN_1x.yaml",
+        ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
+        {"roi_heads.box_predictor.cls_score": (1, 1), "roi_heads.box_predictor.bbox_pred": (1, 4)},
     ),
     "Cascade R-CNN": (  # whose boxes are the same for all classes
         "Misc/balanced_cascade_rcnn_R_50_FPN_1x.yaml",
@@ -228,6 +234,14 @@ def test_without_names(their_names):
     assert not other.tensors and len(other.dropped) == 4 and "begins again" in other.message
     ours = adapt_classes(*states[:2], ["a", "b"], None)
     assert "of the training data are not known" in ours.message
+
+
+def test_a_table_of_many_classes():
+    theirs, ours = box_predictor(7, start=100), box_predictor(9, start=0)
+    adapted = adapt_classes(theirs, ours, list("abcdefg"), list("ihgfedcba"))
+    table = report(ours, [], adapted, ["x.weight", "x.bias", "y"])
+    assert "| 4 (7 of 9 classes: g, f, e, d, c, … and 2 more) |" in table
+    assert table.endswith("left over in the checkpoint: x (2), y (1)")
 
 
 # Whole models
