@@ -20,7 +20,7 @@ from balanced_d2.data import register_coco
 from balanced_d2.data.classes import training_classes
 from balanced_d2.utils.errors import UserError
 
-from .conftest import ROOT, assert_told, write_coco
+from .conftest import ROOT, assert_user_error, write_coco
 
 # Two of COCO's classes, by their places in it, and one that it does not have.
 NAMES = ["traffic_light", "zebra fish", "Person"]
@@ -585,6 +585,6 @@ def test_train_net(people, tmp_path, train_net_here):
 def test_train_net_refuses_what_does_not_fit(people, tmp_path, train_net_here):
     weights = write({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     result = train(train_net_here, people, tmp_path / "output", "MODEL.WEIGHTS", weights)
-    assert_told(
+    assert_user_error(
         result, "error: MODEL.WEIGHTS: ", "resnet.pth does not fit the model", "torchvision"
     )
