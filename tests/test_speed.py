@@ -1,0 +1,131 @@
+"""What makes models faster: memory format and mixed precision on CPUs."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from balanced_d2 import load_config
+from balanced_d2.engine import speed
+from balanced_d2.engine.speed import autocast, has_fast_bfloat16, speed_up, use_available_device
+
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged
+from .test_architectures import labelled_image
+
+needs_bfloat16 = pytest.mark.skipif(
+    not has_fast_bfloat16(), reason="this CPU has no instructions for bfloat16"
+)
+
+
+def config(*options):
+    model = [*TINY_MODEL, "MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu"]
+    return load_config(str(ROOT / TINY_CONFIG), [*model, *options])
+
+
+def losses_and_detections(model):
+    torch.manual_seed(3)
+    image = labelled_image()
+    with EventStorage():
+        losses = model.train()([image])
+    return losses, model.eval()([image])[0]["instances"]
+
+
+def test_channels_last_changes_nothing_but_the_layout():
+    results = []
+    for channels_last in ("False", "True"):
+        cfg = config("MODEL.CHANNELS_LAST", channels_last)
+        torch.manual_seed(0)
+        model = speed_up(cfg, build_model(cfg))
+        weight = model.backbone.fpn_output2.weight
+        is_last = weight.is_contiguous(memory_format=torch.channels_last)
+        assert is_last == (channels_last == "True")
+        results.append(losses_and_detections(model))
+    (plain, found), (other, also_found) = results
+    for name, value in plain.items():
+        assert torch.allclose(other[name], value, rtol=1e-4), name
+    assert torch.allclose(also_found.scores, found.scores, atol=1e-4)
+
+
+class Linear(nn.Linear):
+    """Remembers the dtype that it computes in."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        self.dtype = output.dtype
+        return output
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_mode_has_its_own_precision(training):
+    model = nn.Sequential(Linear(2, 2))
+    autocast(model, "cpu", training)
+    for mode in (True, False):
+        model.train(mode)(torch.ones(1, 2))
+        assert model[0].dtype == (torch.bfloat16 if mode == training else torch.float32)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_mixed_precision_only_where_it_is_faster(fast, monkeypatch, caplog):
+    monkeypatch.setattr(speed, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = config("SOLVER.AMP.ENABLED", "True", "TEST.AMP.ENABLED", "True", "MODEL.DEVICE", "cuda")
+    with caplog.at_level(logging.WARNING, "balanced_d2"):
+        use_available_device(cfg)
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert cfg.SOLVER.AMP.ENABLED == cfg.TEST.AMP.ENABLED == fast
+    assert len(caplog.records) == 2 - fast
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("architecture", ["R-CNN", "RetinaNet"])
+def test_losses_in_mixed_precision(architecture):
+    """Within rounding of bfloat16, finite, and in float32 where they are summed."""
+    options = []
+    if architecture == "RetinaNet":
+        options = [
+            *("MODEL.META_ARCHITECTURE", "BalancedRetinaNet", "MODEL.RETINANET.NUM_CLASSES", "3"),
+            *("MODEL.BACKBONE.NAME", "build_balanced_retinanet_fpn_backbone"),
+            *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+            *("MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+            *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "random"),
+        ]
+    cfg = config(*options)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    expected, _ = losses_and_detections(model)
+    autocast(model, "cpu", training=True)
+    losses, _ = losses_and_detections(model)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32 and torch.isfinite(value)
+        assert torch.allclose(value, expected[name], rtol=0.1, atol=0.02), name
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@needs_bfloat16
+@pytest.mark.slow
+def test_training_in_mixed_precision_resumes_exactly(tiny_coco, tmp_path, train_net_here):
+    def arguments(output):
+        return [
+            *("--register", "tiny", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL),
+            *("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)", "OUTPUT_DIR", output),
+            *("SEED", "1", "DATALOADER.NUM_WORKERS", "0", "SOLVER.CHECKPOINT_PERIOD", "2"),
+            *("SOLVER.AMP.ENABLED", "True", "TEST.AMP.ENABLED", "True"),
+            *("MODEL.CHANNELS_LAST", "True", "MODEL.SPARSE_ROI_ALIGN", "True"),
+            *("SOLVER.MAX_ITER", "4"),
+        ]
+
+    result = train_net_here(*arguments(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "bbox/AP" in logged(tmp_path)[-1]
+    expected = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    for name in ("model_final.pth", "model_0000003.pth"):
+        (tmp_path / name).unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    result = train_net_here("--resume", *arguments(tmp_path))
+    assert "Starting training from iteration 2" in result.stdout
+    resumed = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
