@@ -1,9 +1,10 @@
 """Networks of other libraries as Detectron2's backbones: names, strides, frozen stages, pixels."""
 
 import math
-from typing import Callable, Dict, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
@@ -92,6 +93,22 @@ class FeatureBackbone(Backbone):
             )
             for name in self._out_features
         }
+
+
+def backbone_arguments(cfg: CfgNode, node: CfgNode) -> Dict[str, Any]:
+    """The arguments of a :class:`FeatureBackbone` from a config, besides its name.
+
+    Args:
+        node: ``MODEL.TIMM`` or ``MODEL.TORCHVISION``.
+    """
+    # A checkpoint of the whole model (MODEL.WEIGHTS) is loaded over weights of the backbone.
+    return {
+        "pretrained": node.PRETRAINED and not cfg.MODEL.WEIGHTS,
+        "weights": "" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
+        "out_features": cfg.MODEL.FPN.IN_FEATURES,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        "norm": node.NORM,
+    }
 
 
 def _name(stride: int) -> str:

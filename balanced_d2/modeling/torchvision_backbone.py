@@ -10,7 +10,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from balanced_d2.modeling.feature_backbone import FeatureBackbone, Pixels
+from balanced_d2.modeling.feature_backbone import FeatureBackbone, Pixels, backbone_arguments
 from balanced_d2.utils.errors import UserError
 
 # Of the image that is sent through a network to see the strides of its maps.
@@ -76,15 +76,8 @@ def torchvision_pixels(name: str) -> Pixels:
 @BACKBONE_REGISTRY.register()
 def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The network that ``MODEL.TORCHVISION.NAME`` names, for ``MODEL.BALANCED_FPN.BOTTOM_UP``."""
-    node = cfg.MODEL.TORCHVISION
     return TorchvisionBackbone(
-        node.NAME,
-        # A checkpoint of the whole model is loaded over them.
-        pretrained=node.PRETRAINED and not cfg.MODEL.WEIGHTS,
-        weights="" if cfg.MODEL.WEIGHTS else node.WEIGHTS,
-        out_features=cfg.MODEL.FPN.IN_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        norm=node.NORM,
+        cfg.MODEL.TORCHVISION.NAME, **backbone_arguments(cfg, cfg.MODEL.TORCHVISION)
     )
 
 
