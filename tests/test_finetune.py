@@ -488,7 +488,7 @@ def test_of_which_nothing_of_the_backbone_fits(tmp_path):
 
 def test_evaluation_stays_strict(tmp_path):
     path = write(trained("Faster R-CNN"), tmp_path / "model.pth")
-    with pytest.raises(UserError, match="does not hold the model that the config describes"):
+    with pytest.raises(UserError, match="does not contain the model that the config describes"):
         load_weights(build_model(config("Faster R-CNN", 3)), path)
 
 

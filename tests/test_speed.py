@@ -1,6 +1,7 @@
 """What makes models faster: memory format and mixed precision on CPUs."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from balanced_d2 import load_config
 from balanced_d2.engine import speed
 from balanced_d2.engine.speed import autocast, has_fast_bfloat16, speed_up, use_available_device
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
 from .test_architectures import labelled_image
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -129,3 +130,28 @@ def test_training_in_mixed_precision_resumes_exactly(tiny_coco, tmp_path, train_
     assert "Starting training from iteration 2" in result.stdout
     resumed = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+PAGE_FAULTS = """
+import resource, torch
+from balanced_d2.engine.speed import keep_heap
+if {keep}:
+    keep_heap()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB, 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
+def test_freed_memory_is_used_again():
+    counts = {}
+    for keep in (True, False):
+        result = run_program("-W", "ignore", "-c", PAGE_FAULTS.format(keep=keep))
+        counts[keep] = int(result.stdout)
+    if counts[False] < 1000:
+        pytest.skip("this C library, or huge pages, need no help")
+    assert counts[True] < counts[False] / 10
