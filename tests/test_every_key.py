@@ -102,6 +102,9 @@ def read(monkeypatch):
 @pytest.fixture
 def data(tiny_coco):
     register_coco("every_key", str(tiny_coco), str(tiny_coco.parent / "images"))
+    # The federated loss of Detectron2's main asks for it.
+    counts = [{"id": number, "image_count": 3} for number in (1, 2)]
+    MetadataCatalog.get("every_key").set(class_image_count=counts)
     yield
     DatasetCatalog.remove("every_key")
     MetadataCatalog.pop("every_key", None)
@@ -141,7 +144,19 @@ def test_every_key_is_read(read, data, tmp_path, monkeypatch):
     train(tmp_path, "MODEL.MASK_ON", "True", "MODEL.KEYPOINT_ON", "True")
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: None))
     start_wandb(load_config(config_file, options(tmp_path)))
-    for scheduler in ("WarmupMultiStepLR", "WarmupCosineLR"):
+    schedulers = ["WarmupMultiStepLR", "WarmupCosineLR"]
+    if "NUM_DECAYS" in load_config("").SOLVER:  # on main
+        schedulers.append("WarmupStepWithFixedGammaLR")
+        VARIANTS["federated loss"] = [
+            *(
+                "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+                "True",
+                "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
+                "True",
+            ),
+            *("MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES", "1", "MODEL.DEVICE", "cpu"),
+        ]
+    for scheduler in schedulers:
         cfg = load_config(config_file, options(tmp_path, "SOLVER.LR_SCHEDULER_NAME", scheduler))
         optimizer = BalancedTrainer.build_optimizer(cfg, torch.nn.Linear(1, 1))
         BalancedTrainer.build_lr_scheduler(cfg, optimizer)
@@ -170,14 +185,16 @@ def test_every_key_is_read(read, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_keys_that_default_setup_reads(data, tmp_path):
-    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+def test_keys_that_default_setup_reads(data, tmp_path, monkeypatch):
+    before = torch.backends.cudnn.benchmark
+    precisions = []  # which only GPUs have
+    name = "detectron2.engine.defaults._set_float32_precision"
+    monkeypatch.setattr(name, precisions.append, raising=False)
     more = ["CUDNN_BENCHMARK", "True", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]
     on_main = "FLOAT32_PRECISION" in load_config("")
     try:
         train(tmp_path, *more, *(["FLOAT32_PRECISION", "high"] if on_main else []))
         assert torch.backends.cudnn.benchmark
-        assert not on_main or torch.get_float32_matmul_precision() == "high"
+        assert precisions == ["high"] * on_main
     finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        torch.backends.cudnn.benchmark = before
