@@ -70,7 +70,10 @@ def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
 @pytest.mark.slow
 def test_trainer_of_contributing(tiny_coco, tmp_path):
     """One class from data of two."""
-    (tmp_path / "one_class.py").write_text(recipes()[-1])
+    *_, program, main = recipes()
+    imports = "import sys\nfrom balanced_d2.engine import argument_parser, run\n"
+    ending = program[program.index("if __name__") :]
+    (tmp_path / "one_class.py").write_text(imports + main + ending)
     result = run_program(
         *(tmp_path / "one_class.py", "--config-file", TINY_CONFIG, "--skip-data-check"),
         *("--register", "mine", tiny_coco, tiny_coco.parent / "images"),
