@@ -6,6 +6,7 @@ from detectron2.config import instantiate
 from detectron2.engine import hooks
 from detectron2.solver import LRMultiplier
 
+from balanced_d2.engine.speed import speed_up
 from balanced_d2.engine.trainer import BalancedTrainer, with_validation_images
 from balanced_d2.utils.progress import WithBar
 
@@ -24,7 +25,7 @@ class LazyTrainer(BalancedTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        return instantiate(cfg.lazy.model).to(cfg.MODEL.DEVICE)
+        return speed_up(cfg, instantiate(cfg.lazy.model).to(cfg.MODEL.DEVICE))
 
     @classmethod
     def build_optimizer(cls, cfg, model):
