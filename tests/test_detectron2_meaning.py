@@ -361,6 +361,7 @@ def test_the_evaluator_of_a_subclass(registered, tiny_coco):
         images = DatasetCatalog.get("mine")
     finally:
         DatasetCatalog.remove("mine")
+        MetadataCatalog.pop("mine", None)
     registered("of_my_type", images, evaluator_type="my type")
     options = [*TINY_MODEL, "DATASETS.TRAIN", "('of_my_type',)", "DATASETS.TEST", "('of_my_type',)"]
     cfg = load_config(str(ROOT / TINY_CONFIG), [*options, "MODEL.DEVICE", "cpu"])
