@@ -323,8 +323,10 @@ def _newest(folder: str) -> str:
         )
     for problem in unreadable:
         logging.getLogger(__name__).warning(f"the checkpoint cannot be read: {problem}")
-    if named in iterations or not iterations:
-        return os.path.join(folder, named) if named in iterations else ""
+    if not iterations:
+        return ""
+    if named in iterations:
+        return os.path.join(folder, named)
     newest = max(iterations, key=lambda name: iterations[name])
     if named:
         logging.getLogger(__name__).warning(

@@ -24,7 +24,7 @@ def efficientnet_lite0() -> Optional[Path]:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).with_name("models") / Path(FILE).name
+    path = Path(spec.origin).parent / FILE
     if not path.is_file():
         raise UserError(f"there is no file {path}; install it again: {INSTALL}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:

@@ -1,7 +1,6 @@
 """Checks of a config that do not need its data."""
 
 import difflib
-import inspect
 import logging
 import os
 from typing import Iterator, Tuple
@@ -177,8 +176,9 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
     if not cfg.TEST.AUG.ENABLED:
         return
     model = cfg.MODEL
+    meta_architecture = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
     for key, unsupported in (
-        ("META_ARCHITECTURE", not _is_rcnn(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE))),
+        ("META_ARCHITECTURE", not issubclass(meta_architecture, GeneralizedRCNN)),
         ("KEYPOINT_ON", model.KEYPOINT_ON),
         ("LOAD_PROPOSALS", model.LOAD_PROPOSALS),
     ):
@@ -187,10 +187,6 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
                 "TEST.AUG.ENABLED is True, but Detectron2 has no test-time augmentation for models "
                 f"whose MODEL.{key} is {model[key]}; set TEST.AUG.ENABLED to False"
             )
-
-
-def _is_rcnn(meta_architecture) -> bool:
-    return inspect.isclass(meta_architecture) and issubclass(meta_architecture, GeneralizedRCNN)
 
 
 def _check_samplers(cfg: CfgNode) -> None:

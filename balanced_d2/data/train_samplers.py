@@ -37,13 +37,13 @@ def _repeat_factor(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
 
 
 def _weighted(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
-    return partial(_repeating, _dataset_factors(cfg, [len(part) for part in _by_dataset(cfg)]))
+    return partial(_repeating, _dataset_factors(cfg, _by_dataset(cfg)))
 
 
 def _weighted_category(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
     parts = _by_dataset(cfg)
     factors = torch.cat([_category_factors(cfg, part) for part in parts])
-    factors = factors * _dataset_factors(cfg, [len(part) for part in parts])
+    factors = factors * _dataset_factors(cfg, parts)
     return partial(_repeating, factors / factors.min())
 
 
@@ -84,10 +84,11 @@ def _by_dataset(cfg: CfgNode) -> List[List[Dict]]:
     return [load_records(cfg, name) for name in cfg.DATASETS.TRAIN]
 
 
-def _dataset_factors(cfg: CfgNode, sizes: List[int]) -> torch.Tensor:
+def _dataset_factors(cfg: CfgNode, parts: List[List[Dict]]) -> torch.Tensor:
     given = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
     factors = [float(given.get(name, 1)) for name in cfg.DATASETS.TRAIN]
-    return torch.tensor(factors).repeat_interleave(torch.tensor(sizes))
+    sizes = torch.tensor([len(part) for part in parts])
+    return torch.tensor(factors).repeat_interleave(sizes)
 
 
 def _category_factors(cfg: CfgNode, records: List[Dict]) -> torch.Tensor:

@@ -23,8 +23,6 @@ def speed_up(cfg: CfgNode, model: nn.Module) -> nn.Module:
     if cfg.MODEL.DEVICE == "cpu":
         keep_heap()
     if cfg.MODEL.SPARSE_ROI_ALIGN:
-        if not torch.backends.mkl.is_available():
-            logger.warning("MODEL.SPARSE_ROI_ALIGN has no effect: this PyTorch has no MKL")
         use_sparse_roi_align(model)
     if cfg.MODEL.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)

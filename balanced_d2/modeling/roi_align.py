@@ -1,5 +1,7 @@
 """Detectron2's RoIAlign with sparse products on CPUs."""
 
+import logging
+
 import torch
 from detectron2.layers import ROIAlign
 from torch import nn
@@ -37,9 +39,12 @@ class SparseROIAlign(ROIAlign):
 def use_sparse_roi_align(model: nn.Module) -> None:
     """Let any model of Detectron2 compute RoIAlign by sparse products on CPUs.
 
-    Does nothing where PyTorch has no MKL, whose products they are (CPUs other than x86).
+    Only warns where PyTorch has no MKL, whose products they are (CPUs other than x86).
     """
     if not torch.backends.mkl.is_available():
+        logging.getLogger(__name__).warning(
+            "MODEL.SPARSE_ROI_ALIGN has no effect: this PyTorch has no MKL"
+        )
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
