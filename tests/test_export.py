@@ -21,6 +21,7 @@ from balanced_d2.export.verify import Comparison, Detections
 from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_CONFIG
+from .test_backbones import ON_TIMM, ON_TORCHVISION
 
 KINDS = ("tracing", "onnx")
 # What an exported model may differ by: boxes in pixels, scores.
@@ -120,8 +121,21 @@ def test_equal_at_sizes_never_seen(refine_type, kind, tmp_path):
         ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"],
         ["MODEL.BALANCED_FPN.ENABLED", "False"],
         ["MODEL.ANCHOR_GENERATOR.NAME", "TorchvisionAnchorGenerator"],
+        [*ON_TIMM, "MODEL.TIMM.PRETRAINED", "False"],
+        [
+            *(*ON_TORCHVISION, "MODEL.TORCHVISION.PRETRAINED", "False"),
+            *("MODEL.TORCHVISION.NAME", "mobilenet_v3_small"),
+        ],
     ],
-    ids=["few proposals", "refined at P6", "class-agnostic", "plain FPN", "torchvision's anchors"],
+    ids=[
+        "few proposals",
+        "refined at P6",
+        "class-agnostic",
+        "plain FPN",
+        "torchvision's anchors",
+        "timm",
+        "torchvision",
+    ],
 )
 def test_equal_for_other_configs(opts, kind, tmp_path):
     model = small_model(*opts)

@@ -132,6 +132,9 @@ def test_adding_the_config_changes_no_default():
         "MODEL.CHANNELS_LAST",
         "TEST.AMP.ENABLED",
         "MODEL.SPARSE_ROI_ALIGN",
+        "MODEL.FOLD_NORM",
+        "SOLVER.OPTIMIZER",
+        "SOLVER.BACKBONE_MULTIPLIER",
         *(
             f"MODEL.{node}.{key}"
             for node in ("TIMM", "TORCHVISION")

@@ -21,6 +21,9 @@ from balanced_d2.utils.errors import UserError, check_package
 
 logger = logging.getLogger(__name__)
 
+# Of SOLVER.OPTIMIZER.
+OPTIMIZERS = ("SGD", "AdamW")
+
 
 def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     """Check all keys that training or evaluation will use.
@@ -49,6 +52,11 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
             raise UserError(idle)
         check_crop(cfg)
         _check_samplers(cfg)
+        if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+            raise UserError(
+                f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose one of: "
+                f"{', '.join(OPTIMIZERS)}"
+            )
         if cfg.WANDB.ENABLED:
             check_package("wandb", "WANDB.ENABLED")
     if idle:

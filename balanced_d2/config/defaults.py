@@ -33,6 +33,9 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.MODEL.CHANNELS_LAST = False
     # Whether RoIAlign is computed by sparse products on CPUs, which is several times faster.
     cfg.MODEL.SPARSE_ROI_ALIGN = False
+    # Whether convolutions compute the batch norms after them, where these are frozen and in
+    # evaluation.
+    cfg.MODEL.FOLD_NORM = False
 
     # Networks of timm and torchvision, for BOTTOM_UP "build_timm_backbone" and
     # "build_torchvision_backbone". How they expect an image (PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT)
@@ -90,6 +93,12 @@ def add_balanced_config(cfg: CN) -> None:
     # Whether training skips images that cannot be read, and how many at most.
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
     cfg.DATALOADER.MAX_BAD_IMAGES = 100
+
+    # "SGD" or "AdamW", whose learning rate is far lower; it learns much faster where a large part of
+    # the model is new and iterations are few.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # The factor of the learning rate of the backbone below the pyramid.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
 
     # Mixed precision in evaluation and detection; SOLVER.AMP is for training only. On CPUs both are
     # bfloat16.

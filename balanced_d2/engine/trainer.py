@@ -20,6 +20,7 @@ from balanced_d2.checkpoint import BalancedCheckpointer, check_space, start_from
 from balanced_d2.data.classes import training_classes
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
+from balanced_d2.engine.optimizer import build_optimizer
 from balanced_d2.engine.speed import autocast, speed_up
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
@@ -53,7 +54,8 @@ class BalancedTrainer(DefaultTrainer):
             super().__init__(_without_amp(cfg) if mixed_on_cpu else cfg)
         if mixed_on_cpu:
             autocast(_unwrapped(self.model), "cpu", training=True)
-        check_space(cfg.OUTPUT_DIR, _size_of_checkpoint(self._trainer.model))
+        moments = 2 if isinstance(self._trainer.optimizer, torch.optim.AdamW) else 1
+        check_space(cfg.OUTPUT_DIR, _size_of_checkpoint(self._trainer.model, moments))
 
     @classmethod
     def ddp_arguments(cls, cfg) -> Dict[str, Any]:
@@ -92,6 +94,10 @@ class BalancedTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         return speed_up(cfg, super().build_model(cfg))
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -250,7 +256,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _size_of_checkpoint(model: nn.Module) -> int:
-    """Size in bytes: the model, and the momentum of the trained parameters."""
-    tensors = [*model.state_dict().values(), *(p for p in model.parameters() if p.requires_grad)]
+def _size_of_checkpoint(model: nn.Module, moments: int) -> int:
+    """Size in bytes: the model, and what the optimizer keeps of each trained parameter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tensors = [*model.state_dict().values(), *moments * trained]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

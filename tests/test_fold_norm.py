@@ -1,0 +1,171 @@
+"""Convolutions that compute the batch norm after them."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+
+from balanced_d2 import load_config
+from balanced_d2.engine.speed import speed_up
+from balanced_d2.modeling.fold_norm import _FoldedNorm, fold_norm
+
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL
+from .test_speed import losses_and_detections
+
+
+def with_statistics(module: nn.Module) -> nn.Module:
+    """Let the norms scale and shift."""
+    with torch.no_grad():
+        for norm in module.modules():
+            if hasattr(norm, "running_var"):
+                for name, low in (("weight", 0.5), ("bias", -1.0)):
+                    getattr(norm, name).uniform_(low, low + 1.5)
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.2, 3)
+    return module
+
+
+def block(norm: nn.Module, bias: bool = True, groups: int = 1) -> nn.Module:
+    conv = Conv2d(4, 6, 3, stride=2, padding=1, bias=bias, groups=groups, norm=norm)
+    return with_statistics(conv).double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_equals_the_sums_of_the_definition(bias, groups):
+    torch.manual_seed(0)
+    conv = block(FrozenBatchNorm2d(6), bias, groups)
+    x = torch.randn(1, 4, 5, 7, dtype=torch.float64)
+    norm, padded = conv.norm, nn.functional.pad(x, (1, 1, 1, 1))
+    expected = torch.zeros(1, 6, 3, 4, dtype=torch.float64)
+    per_group = 4 // groups
+    for o in range(6):
+        first = o // (6 // groups) * per_group
+        for i in range(3):
+            for j in range(4):
+                seen = padded[0, first : first + per_group, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+                value = (seen * conv.weight[o]).sum() + (conv.bias[o] if bias else 0)
+                value = (value - norm.running_mean[o]) / (norm.running_var[o] + norm.eps).sqrt()
+                expected[0, o, i, j] = value * norm.weight[o] + norm.bias[o]
+    fold_norm(conv)
+    assert torch.allclose(conv(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_gradients_and_statistics_stay(norm, training):
+    torch.manual_seed(0)
+    plain = nn.Sequential(block(norm(6)), nn.ReLU()).train(training)
+    folded = copy.deepcopy(plain)
+    fold_norm(folded)
+    folded = copy.deepcopy(folded)  # the copy must not compute with the weights of its original
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    x, results = torch.randn(2, 4, 9, 8, dtype=torch.float64), []
+    for model in (plain, folded):
+        image = x.clone().requires_grad_()
+        output = model(image)
+        (output * torch.arange(6.0)[:, None, None]).sum().backward()
+        results.append([output, image.grad, *(p.grad for p in model.parameters())])
+    for expected, value in zip(*results):
+        assert torch.allclose(value, expected, rtol=1e-10, atol=1e-12)
+    for expected, value in zip(plain.buffers(), folded.buffers()):
+        assert torch.equal(expected, value)
+
+
+def test_new_weights_are_seen_where_folded_ones_are_kept():
+    torch.manual_seed(0)
+    conv, other = block(FrozenBatchNorm2d(6)), block(FrozenBatchNorm2d(6))
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = other(x)
+        fold_norm(conv)
+        assert not torch.allclose(conv(x), expected)
+        conv.load_state_dict(other.state_dict())
+        assert torch.allclose(conv(x), expected)
+        conv.weight.mul_(2)
+        other.weight.mul_(2)
+        assert torch.allclose(conv(x), other(x))
+        conv.norm.running_mean = other.norm.running_mean = torch.ones(6, dtype=torch.float64)
+        assert torch.allclose(conv(x), other(x))
+
+
+class Reused(nn.Module):
+    """What the convolution gives is read twice: its norm must not be folded into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + self.norm(x)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_networks_of_timm(name, norm):
+    pytest.importorskip("timm")
+    from balanced_d2.modeling.timm_backbone import TimmBackbone
+
+    torch.manual_seed(0)
+    plain = with_statistics(TimmBackbone(name, pretrained=False, norm=norm)).eval()
+    folded = copy.deepcopy(plain)
+    fold_norm(folded)
+    norms = [module for module in folded.modules() if hasattr(module, "running_var")]
+    assert norms and all(isinstance(norm, _FoldedNorm) for norm in norms)
+    x = torch.randn(1, 3, 64, 96)
+    expected, outputs = plain(x), folded(x)
+    for level, value in outputs.items():
+        difference = (value - expected[level]).abs().max()
+        assert difference <= 1e-5 * value.abs().max(), level
+
+
+def test_norm_of_a_shared_output_stays():
+    from balanced_d2.modeling.feature_backbone import FeatureBackbone
+
+    torch.manual_seed(0)
+    network = with_statistics(Reused()).eval()
+    x = torch.randn(1, 3, 8, 8)
+    expected = network(x)
+    backbone = FeatureBackbone(
+        network, [3], [4], ["res2"], stages=[], freeze_at=0, freeze_norm=lambda m: m, norm="BN"
+    )
+    fold_norm(backbone)
+    assert torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_a_detector_stays_within_rounding(norm):
+    """Losses, gradients and detections of a whole model, by the key of the config."""
+    results = []
+    for fold in ("False", "True"):
+        cfg = load_config(
+            str(ROOT / TINY_CONFIG),
+            [
+                *TINY_MODEL,
+                *("MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu"),
+                *("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", "BN", "MODEL.FOLD_NORM", fold),
+            ],
+        )
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        torch.manual_seed(1)
+        for module in model.modules():
+            if hasattr(module, "running_var"):
+                module.running_var.data.uniform_(0.8, 1.2)
+                module.running_mean.data.normal_(0, 0.1)
+        model = speed_up(cfg, model)
+        losses, found = losses_and_detections(model)
+        sum(losses.values()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((losses, gradients, found))
+    (losses, gradients, found), (other_losses, other_gradients, also_found) = results
+    for name, value in losses.items():
+        assert torch.allclose(other_losses[name], value, rtol=1e-4), name
+    assert gradients.keys() == other_gradients.keys()
+    assert len(found) == len(also_found) > 0
+    assert torch.allclose(also_found.scores, found.scores, atol=1e-4)
+    assert torch.allclose(also_found.pred_boxes.tensor, found.pred_boxes.tensor, atol=1e-2)
