@@ -94,8 +94,8 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
     cfg.DATALOADER.MAX_BAD_IMAGES = 100
 
-    # "SGD" or "AdamW", whose learning rate is far lower; it learns much faster where a large part of
-    # the model is new and iterations are few.
+    # "SGD" or "AdamW", whose learning rate is far lower; it learns much faster where much of the
+    # model is new and iterations are few.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # The factor of the learning rate of the backbone below the pyramid.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0

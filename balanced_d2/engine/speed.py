@@ -74,7 +74,7 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     model.forward = forward_in_mixed_precision  # as torch.autocast does with a function
 
 
-class _InFloat32:
+class _InFloat32(nn.Module):
     """Mixed into the class of depthwise convolutions, which PyTorch computes several times slower
     in bfloat16 on CPUs."""
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Iterator, Tuple
+from typing import Any, Iterator, Tuple
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -24,18 +24,20 @@ def fold_norm(model: nn.Module) -> None:
     """
     for conv, norm in list(_pairs(model)):
         if not isinstance(conv, _FoldingConv):
-            conv.folded = _Folded(conv, norm)
+            folded = _Folded(conv, norm)
             mix_in(_FoldingConv, conv)
+            conv.__dict__["folded"] = folded
             mix_in(_FoldedNorm, norm)
 
 
 def mix_in(mixin: type, module: nn.Module) -> None:
     """Let the methods of ``mixin`` come before those of a module's class, for this module alone."""
-    module.__class__ = _mixed(mixin, type(module))
+    cls: Any = type(module)
+    module.__class__ = _mixed(mixin, cls)
 
 
-@functools.lru_cache(None)
-def _mixed(mixin: type, cls: type) -> type:
+@functools.cache
+def _mixed(mixin: Any, cls: Any) -> type:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
 
 
@@ -43,17 +45,18 @@ class _Folded:
     """What a convolution computes with its norm. No module, so that it is in no state dict."""
 
     def __init__(self, conv: nn.Module, norm: nn.Module):
-        self.norm = norm
+        self.norm: Any = norm
         # The convolution as it was, to be called with other weights.
         self.conv = copy.copy(conv)
         self.key: object = None
         self.weights: Tuple[torch.Tensor, torch.Tensor]
 
     def __call__(self, conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        self.conv._parameters = dict(zip(("weight", "bias"), self._weights(conv)))
+        weight, bias = self._weights(conv)
+        self.conv.__dict__["_parameters"] = {"weight": weight, "bias": bias}
         return self.conv.forward(x)
 
-    def _weights(self, conv: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _weights(self, conv: Any) -> Tuple[torch.Tensor, torch.Tensor]:
         """Of shapes (O, I, H, W) and (O,), computed anew only where they can have changed."""
         norm = self.norm
         read = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -76,7 +79,7 @@ def _fold(weight, conv_bias, gamma, beta, mean, var, eps):
     return weight * scale.reshape(-1, 1, 1, 1), bias
 
 
-class _FoldingConv:
+class _FoldingConv(nn.Module):
     """Mixed into the class of a convolution that computes the norm after it, too."""
 
     folded: _Folded
@@ -87,7 +90,7 @@ class _FoldingConv:
         return super().forward(x)
 
 
-class _FoldedNorm:
+class _FoldedNorm(nn.Module):
     """Mixed into the class of a norm whose convolution has computed it already."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
