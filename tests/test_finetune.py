@@ -11,6 +11,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from balanced_d2 import load_config
@@ -141,6 +143,17 @@ def log(caplog):
 
 def warnings(log):
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
+
+
+def labelled_image(name):
+    """Of 64 x 96 pixels, with a box, and with a mask or keypoints where they are learnt."""
+    instances = Instances((64, 96), gt_boxes=Boxes(torch.tensor([[8.0, 6, 60, 50]])))
+    instances.gt_classes = torch.tensor([1])
+    if name == "Mask R-CNN":
+        instances.gt_masks = PolygonMasks([[np.array([8.0, 6, 60, 6, 60, 50, 8, 50])]])
+    if name == "Keypoint R-CNN":
+        instances.gt_keypoints = Keypoints(np.tile([30.0, 20, 2], (1, 17, 1)))
+    return {"image": 255 * torch.rand(3, 64, 96), "instances": instances, "height": 64, "width": 96}
 
 
 # Names
@@ -274,6 +287,61 @@ def test_coco_model_starts_one_of_three_classes(name, file, tmp_path, log):
     assert sum(int(cell.split()[0]) for cell in adapted) == number
     assert "left over in the checkpoint: nothing" in table
     assert not warnings(log) and len(log.records) < 12
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_zero_init_it_starts_as_the_plain_detector(name, zero_init, tmp_path):
+    """Detections, losses and the gradients of all that both have; and not without it."""
+    torch.manual_seed(0)
+    plain = build_model(config(name, 3, plain=True))
+    with torch.no_grad():
+        for key, parameter in plain.named_parameters():
+            if "fpn_lateral" in key:  # what a ResNet of random weights gives is in the thousands
+                parameter.mul_(1e-3)
+            elif key.endswith(("cls_score.weight", "bbox_pred.weight", "objectness_logits.weight")):
+                parameter.normal_(std=0.5)
+            elif key == "head.cls_score.bias":
+                parameter.fill_(-1)
+    path = write(plain.state_dict(), tmp_path / "plain.pth")
+    options = ["MODEL.BALANCED_FPN.ZERO_INIT", str(zero_init)]
+    options += ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "random"]
+    options += ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1"]
+    options += ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "smooth_l1"]
+    cfg = config(name, 3)
+    cfg.merge_from_list(options)
+    balanced = build_model(cfg)
+    with torch.no_grad():
+        for key, parameter in balanced.named_parameters():
+            if "balancer" in key and not key.endswith("scale"):
+                parameter.normal_(std=0.1)
+    start_from(balanced, path, [])
+    results = []
+    for model in (plain, balanced):
+        torch.manual_seed(1)
+        image = labelled_image(name)
+        with EventStorage():
+            losses = model.train()([image])
+        sum(losses.values()).backward()
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            found = model.eval()([image])[0]["instances"]
+        boxes, scores = found.pred_boxes.tensor / 64, found.scores
+        results.append(({**losses, "boxes": boxes, "scores": scores}, gradients))
+    (expected, expected_gradients), (got, gradients) = results
+    differs = [
+        key
+        for key, value in expected.items()
+        if value.shape != got[key].shape or not torch.allclose(got[key], value, atol=1e-6, rtol=0)
+    ]
+    if not zero_init:
+        assert {"boxes", "scores"} <= set(differs)
+        return
+    assert not differs and len(expected["boxes"]) > 0
+    for key, value in expected_gradients.items():
+        assert torch.allclose(gradients[key], value, rtol=1e-4, atol=1e-5), key
+    learnt = {key for key in gradients if "balancer" in key}
+    assert any(gradients[key].abs().max() > 0 for key in learnt)
 
 
 @pytest.mark.parametrize("file", ["model.pth", "model.pkl"])

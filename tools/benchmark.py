@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what balancing costs: this project against plain Detectron2 and straightforward code.
+"""Measure this project against plain Detectron2 and straightforward code.
 
 All variants of a comparison take turns (A B A B ...) in one process; a table shows the median, the
 range and the median of the ratios turn by turn, so that a slow moment of the machine falls on all.
@@ -7,11 +7,13 @@ range and the median of the ratios turn by turn, so that a slow moment of the ma
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import runpy
 import statistics
 import sys
@@ -23,6 +25,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when 
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2 import load_config
+from balanced_d2.engine.speed import autocast, has_fast_bfloat16, speed_up, use_available_device
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.modeling import (
     FeatureBalancer,
@@ -48,10 +51,10 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "COCO-Detection"
 WHOLE = {
     "plain": "faster_rcnn_R_50_FPN_1x.yaml",
     "all balances": "balanced_faster_rcnn_R_50_FPN_1x.yaml",
@@ -247,41 +250,159 @@ class Bench:
 # What is measured.
 
 
-def measure_whole(bench: Bench, scale: float) -> None:
-    """A training iteration and the inference of whole models."""
-    models = {}
-    for name, config in WHOLE.items():
-        torch.manual_seed(0)
-        cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", bench.device.type])
-        models[name] = build_model(cfg)
-    image = 255 * torch.rand(3, round(800 * scale), round(1333 * scale))
-    batch = [labelled_image(seed, round(320 * scale), round(480 * scale)) for seed in (0, 1)]
-    # The weights are random, and a rate above zero would let them diverge.
-    optimizers = {
-        name: torch.optim.SGD(model.parameters(), lr=1e-14, momentum=0.9)
-        for name, model in models.items()
-    }
+class WholeModel:
+    """A model with random weights and its optimizer.
 
-    def train(name):
+    Args:
+        config: in ``configs/``.
+        options: of the config.
+        fast: whether it is prepared as ``train_net.py`` does by the keys of the config.
+    """
+
+    def __init__(self, bench: Bench, config: str, options: tuple = (), fast: bool = False):
+        torch.manual_seed(0)
+        options = ["MODEL.DEVICE", bench.device.type, *options]
+        cfg = load_config(str(ROOT / "configs" / config), options)
+        use_available_device(cfg)
+        self.model = build_model(cfg)
+        if fast:
+            speed_up(cfg, self.model)
+            if cfg.SOLVER.AMP.ENABLED:
+                autocast(self.model, cfg.MODEL.DEVICE, training=True)
+        # The weights are random, and a rate above zero would let them diverge.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-14, momentum=0.9)
+
+    def train(self, batch: list) -> None:
         with EventStorage():
-            losses = models[name].train()(batch)
-        optimizers[name].zero_grad()
+            losses = self.model.train()(batch)
+        self.optimizer.zero_grad()
         sum(losses.values()).backward()
-        optimizers[name].step()
+        self.optimizer.step()
 
     @torch.no_grad()
-    def detect(name):
-        models[name].eval()([{"image": image}])
+    def detect(self, batch: list) -> None:
+        self.model.eval()(batch)
 
-    for title, run in (("training iteration, batch 2", train), ("inference", detect)):
-        size = batch[0]["image"].shape if run is train else image.shape
+
+def measure_whole(bench: Bench, scale: float) -> None:
+    """What each balance adds to a training iteration and to inference of whole models."""
+    models = {name: WholeModel(bench, f"COCO-Detection/{file}") for name, file in WHOLE.items()}
+    image = [{"image": 255 * torch.rand(3, round(800 * scale), round(1333 * scale))}]
+    batch = [labelled_image(seed, round(320 * scale), round(480 * scale)) for seed in (0, 1)]
+    for title, method, inputs in (
+        ("training iteration, batch 2", "train", batch),
+        ("inference", "detect", image),
+    ):
+        _, height, width = inputs[0]["image"].shape
         bench.compare(
-            f"{title}, {size[1]} x {size[2]}, Faster R-CNN R-50-FPN",
-            {name: (lambda run=run, name=name: run(name)) for name in WHOLE},
+            f"{title}, {height} x {width}, Faster R-CNN R-50-FPN",
+            {name: functools.partial(getattr(m, method), inputs) for name, m in models.items()},
         )
 
 
-def labelled_image(seed: int, height: int, width: int) -> dict:
+PLAIN = (
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+)
+FAST = ("MODEL.CHANNELS_LAST", "MODEL.SPARSE_ROI_ALIGN", "MODEL.FOLD_NORM")
+MIXED = ("SOLVER.AMP.ENABLED", "TEST.AMP.ENABLED")
+LITE0 = "Aquarium/balanced_faster_rcnn_lite0_FPN_1x.yaml"
+
+
+def switched(keys: tuple, on: bool) -> tuple:
+    return tuple(word for key in keys for word in (key, str(on)))
+
+
+def measure_fast(bench: Bench, scale: float) -> None:
+    """Whole models with all that makes them faster, against plain Detectron2, and where their time
+    goes."""
+    ceilings = {dtype: product_flops(bench, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print(f"\n{describe_ceilings(ceilings)}", flush=True)
+    bench.results["ceilings"] = {str(dtype): flops for dtype, flops in ceilings.items()}
+
+    single = switched(FAST, True) + switched(MIXED, False)
+    mixed = switched(FAST + MIXED, True)
+    balanced = "COCO-Detection/" + WHOLE["all balances"]
+    resnet = {
+        "plain": WholeModel(bench, "COCO-Detection/" + WHOLE["plain"], PLAIN),
+        "all balances": WholeModel(bench, balanced),
+        "fast, float32": WholeModel(bench, balanced, single, fast=True),
+        "fast, bfloat16": WholeModel(bench, balanced, mixed, fast=True),
+    }
+    random = ("MODEL.TIMM.PRETRAINED", "False")
+    lite0 = {
+        "nothing on": WholeModel(bench, LITE0, switched(FAST + MIXED, False) + random),
+        "fast, float32": WholeModel(bench, LITE0, single + random, fast=True),
+        "fast, bfloat16": WholeModel(bench, LITE0, mixed + random, fast=True),
+    }
+    for title, models, method, size, number in (
+        ("Faster R-CNN R-50-FPN", resnet, "train", (320, 480), 2),
+        ("Faster R-CNN R-50-FPN", resnet, "train", (480, 640), 1),
+        ("Faster R-CNN R-50-FPN", resnet, "detect", (800, 1333), 1),
+        ("Faster R-CNN Lite0-FPN", lite0, "train", (360, 480), 4),
+        ("Faster R-CNN Lite0-FPN", lite0, "detect", (360, 480), 1),
+    ):
+        height, width = (round(side * scale) for side in size)
+        batch = [labelled_image(seed, height, width, classes=7) for seed in range(number)]
+        what = "training iteration" if method == "train" else "inference"
+        title = f"{title}, {what}, batch {number}, {height} x {width}"
+        runs = {name: functools.partial(getattr(m, method), batch) for name, m in models.items()}
+        rows = bench.compare(title, runs, memory=False)
+        for name, run in runs.items():
+            rows[name].update(where_time_goes(run))
+        print(describe_operations(rows, ceilings), flush=True)
+
+
+def product_flops(bench: Bench, dtype: torch.dtype, side: int = 4096) -> float:
+    """The most floating-point operations per second that one product of two matrices reaches."""
+    a = torch.ones(side, side, dtype=dtype, device=bench.device)
+    a @ a
+    return 2 * side**3 / min(bench._seconds(lambda: a @ a, 1) for _ in range(bench.turns))
+
+
+def describe_ceilings(ceilings: dict) -> str:
+    rates = ", ".join(f"{f / 1e9:,.0f} in {str(t)[6:]}" for t, f in ceilings.items())
+    return f"GFLOP/s of one product of 4096 x 4096 matrices: {rates}"
+
+
+# The kinds of operation that a profile is summed by: how the names of PyTorch's operators begin.
+KINDS = {
+    "convolution": ("mkldnn_convolution", "convolution", "cudnn_conv", "_slow_conv"),
+    "matrix product": ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear", "_scaled_dot"),
+    "RoIAlign": ("roi_align", "_roi_align", "_sparse", "sparse", "SparseROIAlign"),
+    "copy": ("copy_", "_to_copy", "clone", "cat", "index", "gather", "stack", "contiguous"),
+    "fill": ("fill_", "zero_", "zeros", "full", "ones"),
+    "suppression, sorting": ("nms", "sort", "topk", "unique"),
+}
+
+
+def where_time_goes(run) -> dict:
+    """FLOPs of convolutions and products, and seconds by kind of operation."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    with torch.profiler.profile() as profile:
+        run()
+    seconds = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profile.key_averages():
+        name = event.key.partition("::")[2] or event.key
+        kind = next((k for k, begins in KINDS.items() if name.startswith(begins)), "other")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return {"flops": counter.get_total_flops(), "seconds": seconds}
+
+
+def describe_operations(rows: dict, ceilings: dict) -> str:
+    """A table: the share of the ceiling that each variant reaches, and of its time by kind."""
+    lines = []
+    for name, row in rows.items():
+        ceiling = ceilings[torch.bfloat16 if "bfloat16" in name else torch.float32]
+        rate, total = row["flops"] / row["median_ms"] * 1e3, sum(row["seconds"].values())
+        shares = [f"{value / total:.0%}" for value in row["seconds"].values()]
+        lines.append([name, f"{row['flops'] / 1e9:.0f}", f"{rate / ceiling:.0%}", *shares])
+    columns = ["", "GFLOP", "of the ceiling", *next(iter(rows.values()))["seconds"]]
+    return tabulate(lines, columns, disable_numparse=True, stralign="right")
+
+
+def labelled_image(seed: int, height: int, width: int, classes: int = 80) -> dict:
     """A random image with 10 boxes."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([width, height])
@@ -289,7 +410,7 @@ def labelled_image(seed: int, height: int, width: int) -> dict:
     other = corner + size * (0.05 + 0.3 * torch.rand(10, 2, generator=generator))
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.cat([corner, other], dim=1))
-    instances.gt_classes = torch.randint(80, (10,), generator=generator)
+    instances.gt_classes = torch.randint(classes, (10,), generator=generator)
     return {
         "image": 255 * torch.rand(3, height, width, generator=generator),
         "instances": instances,
@@ -508,10 +629,19 @@ def evaluate(evaluator: type, truth: COCO, detections: COCO) -> None:
 
 PARTS = {
     "whole": measure_whole,
+    "fast": measure_fast,
     "parts": measure_parts,
     "growth": measure_growth,
     "operators": measure_operators,
 }
+
+
+def processor() -> str:
+    """The name of the CPU, and whether it has instructions for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    name = names[0] if names else platform.machine()
+    return f"{name}, {'with' if has_fast_bfloat16() else 'without'} bfloat16"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -521,7 +651,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--turns has to be 1 or more, and --scale above 0 and at most 1")
     machine = {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "detectron2": detectron2.__version__,
