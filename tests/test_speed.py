@@ -1,5 +1,6 @@
 """What makes models faster: memory format and mixed precision on CPUs."""
 
+import copy
 import logging
 import sys
 
@@ -66,6 +67,30 @@ def test_each_mode_has_its_own_precision(training):
     for mode in (True, False):
         model.train(mode)(torch.ones(1, 2))
         assert model[0].dtype == (torch.bfloat16 if mode == training else torch.float32)
+
+
+@pytest.mark.parametrize(
+    "conv, gains",
+    [
+        (nn.Conv2d(64, 64, 3, padding=1), True),  # 64 * 64 * 9 / 128 = 288 products per value
+        (nn.Conv2d(64, 64, 1), True),  # 32
+        (nn.Conv2d(24, 144, 1), False),  # 20.6
+        (nn.Conv2d(240, 240, 5, padding=2, groups=240), False),  # 12.5
+        (nn.Conv2d(256, 256, 3, padding=1, groups=4), True),  # 288
+        (nn.Conv2d(3, 64, 7, padding=3), True),  # 140
+    ],
+)
+def test_convolutions_in_the_precision_that_is_faster(conv, gains):
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(conv))
+    for _ in range(2):  # the second time changes nothing
+        autocast(model, "cpu", training=True)
+    x = torch.randn(2, conv.in_channels, 9, 11)
+    for dtype in (torch.float32, torch.bfloat16):
+        output = model(x.to(dtype))
+        assert output.dtype == (torch.bfloat16 if gains else torch.float32)
+        assert torch.allclose(output.float(), conv(x), atol=0.1)
+    assert model.eval()(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -14,6 +14,11 @@ from balanced_d2.modeling.roi_align import use_sparse_roi_align
 
 logger = logging.getLogger(__name__)
 
+# Convolutions with fewer multiply-adds for each value that they read or write stay in float32, since
+# they wait for memory, and converting values costs more than it saves. These are pointwise
+# convolutions of few channels and all depthwise ones, for which PyTorch has no fast bfloat16.
+GAIN_OF_BFLOAT16 = 30
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -61,9 +66,9 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     if device_type == "cpu":
         dtype = torch.bfloat16
         for module in model.modules():
-            is_depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-            if is_depthwise and not isinstance(module, _InFloat32):
-                mix_in(_InFloat32, module)
+            if isinstance(module, nn.Conv2d) and not isinstance(module, _InFloat32):
+                if _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16:
+                    mix_in(_InFloat32, module)
 
     def forward_in_mixed_precision(*args, **kwargs):
         if model.training != training:
@@ -74,9 +79,15 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     model.forward = forward_in_mixed_precision  # as torch.autocast does with a function
 
 
+def _multiply_adds_per_value(conv: nn.Conv2d) -> float:
+    """How much a convolution computes with each value that it reads or writes."""
+    height, width = conv.kernel_size
+    products = conv.in_channels // conv.groups * conv.out_channels * height * width
+    return products / (conv.in_channels + conv.out_channels)
+
+
 class _InFloat32(nn.Module):
-    """Mixed into the class of depthwise convolutions, which PyTorch computes several times slower
-    in bfloat16 on CPUs."""
+    """Mixed into the class of convolutions that bfloat16 does not make faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
