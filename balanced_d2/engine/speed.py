@@ -14,9 +14,9 @@ from balanced_d2.modeling.roi_align import use_sparse_roi_align
 
 logger = logging.getLogger(__name__)
 
-# Convolutions with fewer multiply-adds for each value that they read or write stay in float32, since
-# they wait for memory, and converting values costs more than it saves. These are pointwise
-# convolutions of few channels and all depthwise ones, for which PyTorch has no fast bfloat16.
+# Convolutions with fewer multiply-adds for each value that they read or write stay in float32: they
+# wait for memory, and converting values costs more than it saves. These are pointwise convolutions
+# of few channels and all depthwise ones, for which PyTorch has no fast bfloat16.
 GAIN_OF_BFLOAT16 = 30
 
 # Of glibc's malloc.h.
@@ -66,9 +66,10 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     if device_type == "cpu":
         dtype = torch.bfloat16
         for module in model.modules():
-            if isinstance(module, nn.Conv2d) and not isinstance(module, _InFloat32):
-                if _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16:
-                    mix_in(_InFloat32, module)
+            if not isinstance(module, nn.Conv2d) or isinstance(module, _InFloat32):
+                continue
+            if _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16:
+                mix_in(_InFloat32, module)
 
     def forward_in_mixed_precision(*args, **kwargs):
         if model.training != training:
