@@ -26,7 +26,7 @@ def test_runs_on_tiny_sizes(tmp_path):
     assert "Warning" not in result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {"date", "device", "threads", "torch"} <= set(figures["machine"])
-    assert len(figures["results"]) == 13
+    assert len(figures["results"]) == 18
     for title, rows in figures["results"].items():
         assert title in result.stdout
         if "exponents" in rows:
@@ -38,6 +38,10 @@ def test_runs_on_tiny_sizes(tmp_path):
             assert name in result.stdout
             assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
             assert row.get("peak_mib", 1) > 0
+        if "Lite0" in title or "plain" in rows and "fast, bfloat16" in rows:
+            assert "of the ceiling" in result.stdout
+            for row in rows.values():
+                assert row["flops"] > 0 and row["seconds"]["convolution"] > 0
 
 
 @pytest.mark.parametrize(

@@ -316,9 +316,10 @@ def switched(keys: tuple, on: bool) -> tuple:
 def measure_fast(bench: Bench, scale: float) -> None:
     """Whole models with all that makes them faster, against plain Detectron2, and where their time
     goes."""
-    ceilings = {dtype: product_flops(bench, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    print(f"\n{describe_ceilings(ceilings)}", flush=True)
-    bench.results["ceilings"] = {str(dtype): flops for dtype, flops in ceilings.items()}
+    side = round(4096 * scale)
+    ceilings = {t: product_flops(bench, t, side) for t in (torch.float32, torch.bfloat16)}
+    rates = ", ".join(f"{f / 1e9:,.0f} in {str(t)[6:]}" for t, f in ceilings.items())
+    print(f"\nGFLOP/s of a product of {side} x {side} matrices: {rates}", flush=True)
 
     single = switched(FAST, True) + switched(MIXED, False)
     mixed = switched(FAST + MIXED, True)
@@ -349,20 +350,16 @@ def measure_fast(bench: Bench, scale: float) -> None:
         runs = {name: functools.partial(getattr(m, method), batch) for name, m in models.items()}
         rows = bench.compare(title, runs, memory=False)
         for name, run in runs.items():
-            rows[name].update(where_time_goes(run))
-        print(describe_operations(rows, ceilings), flush=True)
+            dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+            rows[name].update(where_time_goes(run), ceiling=ceilings[dtype])
+        print(describe_operations(rows), flush=True)
 
 
-def product_flops(bench: Bench, dtype: torch.dtype, side: int = 4096) -> float:
+def product_flops(bench: Bench, dtype: torch.dtype, side: int) -> float:
     """The most floating-point operations per second that one product of two matrices reaches."""
     a = torch.ones(side, side, dtype=dtype, device=bench.device)
     a @ a
     return 2 * side**3 / min(bench._seconds(lambda: a @ a, 1) for _ in range(bench.turns))
-
-
-def describe_ceilings(ceilings: dict) -> str:
-    rates = ", ".join(f"{f / 1e9:,.0f} in {str(t)[6:]}" for t, f in ceilings.items())
-    return f"GFLOP/s of one product of 4096 x 4096 matrices: {rates}"
 
 
 # The kinds of operation that a profile is summed by: how the names of PyTorch's operators begin.
@@ -390,14 +387,14 @@ def where_time_goes(run) -> dict:
     return {"flops": counter.get_total_flops(), "seconds": seconds}
 
 
-def describe_operations(rows: dict, ceilings: dict) -> str:
+def describe_operations(rows: dict) -> str:
     """A table: the share of the ceiling that each variant reaches, and of its time by kind."""
     lines = []
     for name, row in rows.items():
-        ceiling = ceilings[torch.bfloat16 if "bfloat16" in name else torch.float32]
-        rate, total = row["flops"] / row["median_ms"] * 1e3, sum(row["seconds"].values())
+        reached = 1e3 * row["flops"] / row["median_ms"] / row["ceiling"]
+        total = sum(row["seconds"].values())
         shares = [f"{value / total:.0%}" for value in row["seconds"].values()]
-        lines.append([name, f"{row['flops'] / 1e9:.0f}", f"{rate / ceiling:.0%}", *shares])
+        lines.append([name, f"{row['flops'] / 1e9:.0f}", f"{reached:.0%}", *shares])
     columns = ["", "GFLOP", "of the ceiling", *next(iter(rows.values()))["seconds"]]
     return tabulate(lines, columns, disable_numparse=True, stralign="right")
 

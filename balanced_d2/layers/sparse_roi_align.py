@@ -12,9 +12,13 @@ In float32 the matrix takes 8 bytes for each weight: 49 bins of 10 weights for e
 are 4 MB. It is kept until the backward pass, which makes its transpose for a moment.
 """
 
+import warnings
 from typing import Tuple
 
 import torch
+
+# PyTorch says so once in every process, of its own function for the matrix below.
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 def roi_align(
