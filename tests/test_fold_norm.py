@@ -169,3 +169,14 @@ def test_a_detector_stays_within_rounding(norm):
     assert len(found) == len(also_found) > 0
     assert torch.allclose(also_found.scores, found.scores, atol=1e-4)
     assert torch.allclose(also_found.pred_boxes.tensor, found.pred_boxes.tensor, atol=1e-2)
+
+
+def test_traces_compute_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(block(FrozenBatchNorm2d(6)), nn.ReLU()).eval()
+    x = torch.randn(1, 4, 12, 9, dtype=torch.float64)
+    expected = model(x)
+    fold_norm(model)
+    traced = torch.jit.trace(model, x)
+    assert torch.allclose(traced(x), expected)
+    assert traced.state_dict().keys() == model.state_dict().keys()

@@ -98,7 +98,7 @@ def test_mixed_precision_only_where_it_is_faster(fast, monkeypatch, caplog):
     monkeypatch.setattr(speed, "has_fast_bfloat16", lambda: fast)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = config("SOLVER.AMP.ENABLED", "True", "TEST.AMP.ENABLED", "True", "MODEL.DEVICE", "cuda")
-    with caplog.at_level(logging.WARNING, "balanced_d2"):
+    with caplog.at_level(logging.INFO, "balanced_d2"):
         use_available_device(cfg)
     assert cfg.MODEL.DEVICE == "cpu"
     assert cfg.SOLVER.AMP.ENABLED == cfg.TEST.AMP.ENABLED == fast

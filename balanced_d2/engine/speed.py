@@ -114,6 +114,6 @@ def use_available_device(cfg: CfgNode) -> None:
         cfg.MODEL.DEVICE = "cpu"
     nodes = [node for node in (cfg.SOLVER.AMP, cfg.TEST.AMP) if node.ENABLED]
     if cfg.MODEL.DEVICE == "cpu" and nodes and not has_fast_bfloat16():
-        logger.warning("this CPU is not faster in bfloat16: running in full precision")
+        logger.info("this CPU is not faster in bfloat16: running in full precision")
         for node in nodes:
             node.ENABLED = False
