@@ -17,6 +17,7 @@ from typing import Dict, List, NamedTuple, Optional, Set
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
+from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of, report_user_errors
 from balanced_d2.utils.files import check_writable, open_replacing, raise_if_unwritable
 from balanced_d2.visualization import as_records
@@ -93,10 +94,9 @@ class Quit(Exception):
 
 def split_options(args: argparse.Namespace) -> None:
     """Move ``KEY VALUE`` pairs that --input has taken for images back to the options."""
-    for i, value in enumerate(args.input or ()):
-        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*", value) and not os.path.exists(value):
-            args.input, args.opts = args.input[:i], args.input[i:] + args.opts
-            return
+    if args.input:
+        args.input, options = split_at_key(args.input)
+        args.opts = options + args.opts
 
 
 def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:

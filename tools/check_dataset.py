@@ -28,16 +28,22 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UserError: if anything is refused.
     """
-    register_from(args)
-    for name in args.names:
+    names = register_from(args)
+    names = args.names or names
+    if not names:
+        raise UserError("there is nothing to check: give a NAME or --register NAME PATH")
+    for name in names:
         check_registered(name)
-    refused = [name for name in args.names if not check_dataset(name, args.images)]
+    refused = [name for name in names if not check_dataset(name, args.images)]
     if refused:
         raise UserError(f"cannot be trained on: {', '.join(refused)}")
 
 
 def check_dataset(name: str, with_images: bool) -> bool:
     """Print the findings and a summary of a dataset; return whether nothing is refused."""
+    source = MetadataCatalog.get(name).get("source")
+    if source:
+        print(f"data set {name!r}: {source}")
     try:
         with silent_warnings():
             findings, records = findings_of(name)
@@ -129,7 +135,12 @@ def summary(name: str, records: List[Dict]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", metavar="NAME", help="a registered dataset")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a registered dataset (default: those of --register)",
+    )
     parser.add_argument(
         "--images", action="store_true", help="also open every image, which takes a while"
     )

@@ -105,9 +105,14 @@ def coco_file(name: str) -> Optional[str]:
 def check_registered(name: str) -> None:
     """Raise :class:`UserError` if there is no dataset with that name."""
     if name not in DatasetCatalog:
+        splits = [other for other in DatasetCatalog if other.startswith(f"{name}_")]
+        if splits:
+            raise UserError(
+                f"data set {name!r} is not registered, but {', '.join(splits)} are: use these"
+            )
         raise UserError(
-            f"data set {name!r} is not registered; a COCO-format dataset can be registered with "
-            f"--register {name} ANNOTATIONS.json IMAGE_DIR"
+            f"data set {name!r} is not registered; a dataset in the format COCO JSON, YOLO, Pascal "
+            f"VOC XML or CSV can be registered with --register {name} PATH"
         )
 
 

@@ -112,7 +112,9 @@ def annotation_errors_in(name: str, source: str) -> ContextManager[None]:
     return raise_user_errors(
         f"data set {name!r}: {source} is not a valid annotation file",
         *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
-        explain=lambda error: f"no {error}" if isinstance(error, KeyError) else str(error) or "empty",
+        explain=lambda error: (
+            f"no {error}" if isinstance(error, KeyError) else str(error) or "empty"
+        ),
     )
 
 

@@ -1,0 +1,1 @@
+"""Formats of datasets, and the datasets of this project."""

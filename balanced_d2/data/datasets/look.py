@@ -1,0 +1,158 @@
+"""Finds out which format the user's dataset has."""
+
+import os
+from collections import Counter
+from typing import Dict, List, Optional
+
+from balanced_d2.data.datasets.coco_files import CocoFile, find_coco, is_coco, json_content
+from balanced_d2.data.datasets.csv_file import read_csv, table_in
+from balanced_d2.data.datasets.source import SPLITS, Labelled, is_image, list_files
+from balanced_d2.data.datasets.voc import is_voc, read_voc
+from balanced_d2.data.datasets.yolo import (
+    is_yolo_config,
+    labels_of,
+    read_yolo,
+    read_yolo_folders,
+)
+from balanced_d2.utils.errors import UserError, first_of
+
+# Own readers: datumaro and supervision read these formats too, but each with a heavy tree of
+# dependencies, and neither says which line of which file is wrong.
+
+KNOWN = "COCO JSON, YOLO, Pascal VOC XML or CSV"
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z", ".bz2", ".xz")
+# So many JSON files in a folder are one for each image, of which the first says enough.
+MAX_JSON_FILES = 20
+
+Found = Labelled | Dict[str, CocoFile]
+
+
+def look(path: str, image_dir: Optional[str] = None) -> Found:
+    """Read a dataset whatever its format.
+
+    Args:
+        path: a file or folder with annotations.
+        image_dir: the folder of the images, if they are elsewhere.
+
+    Raises:
+        UserError: if there is none or more than one format; and on what is wrong in it.
+    """
+    path, image_dir = os.path.normpath(path), image_dir and os.path.normpath(image_dir)
+    for given in filter(None, (path, image_dir)):
+        if not os.path.exists(given):
+            raise UserError(f"{given} does not exist")
+    if image_dir and not os.path.isdir(image_dir):
+        raise UserError(f"{image_dir} is not a folder of images")
+    if os.path.isdir(path):
+        return _look_in_folder(path, image_dir)
+    return _read_file(path, image_dir)
+
+
+def _read_file(path: str, image_dir: Optional[str]) -> Found:
+    folder = os.path.dirname(path) or "."
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in (".yaml", ".yml", ".data"):
+        return read_yolo(path, image_dir)
+    if suffix == ".json":
+        content = json_content(path)
+        if not isinstance(content, dict) or not is_coco(content):
+            raise UserError(f"{path} is not COCO JSON, but {_kind_of_json(content)}; use {KNOWN}")
+        (file,) = find_coco(folder, {path: content}, image_dir).values()
+        return {"": file}
+    images = list_files(image_dir or folder)
+    if suffix == ".xml":
+        if not is_voc(path):
+            raise UserError(f"{path} is not Pascal VOC XML; export it as {KNOWN}")
+        return read_voc(folder, [path], images, image_dir)
+    if suffix in ARCHIVES:
+        raise UserError(f"{path} is an archive; unpack it, and give the folder")
+    if suffix in (".csv", ".tsv", ".txt"):
+        # The name of a file that is given by itself says no split.
+        return read_csv(path, [path], images, image_dir or folder)
+    raise UserError(f"{path} is not a dataset in the format {KNOWN}")
+
+
+def _look_in_folder(root: str, image_dir: Optional[str]) -> Found:
+    root = _innermost(root)
+    image_root = image_dir or root
+    files = list_files(root)
+    images = [path for path in (list_files(image_dir) if image_dir else files) if is_image(path)]
+    by_suffix: Dict[str, List[str]] = {}
+    for path in files:
+        by_suffix.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
+
+    def of(*suffixes: str) -> List[str]:
+        return [path for suffix in suffixes for path in by_suffix.get(suffix, [])]
+
+    configs = [path for path in of(".yaml", ".yml", ".data") if is_yolo_config(path)]
+    labelled = [] if configs else list(labels_of(images, root, image_root).values())
+    xml_files = [path for path in of(".xml") if is_voc(path)]
+    tables = [path for path in of(".csv", ".tsv") if table_in(path)]
+    contents = {path: json_content(path) for path in of(".json")[:MAX_JSON_FILES]}
+    coco = {path: c for path, c in contents.items() if isinstance(c, dict) and is_coco(c)}
+    found = {
+        "YOLO": configs or labelled,
+        "Pascal VOC XML": xml_files,
+        "CSV": tables,
+        "COCO JSON": list(coco),
+    }
+    present = {name: paths for name, paths in found.items() if paths}
+    if len(present) > 1:
+        listed = " and ".join(f"{name} ({first_of(paths, 2)})" for name, paths in present.items())
+        raise UserError(f"{root} has {listed}: give the file or the folder that you mean")
+    if len(configs) > 1:
+        raise UserError(f"{root} has several YOLO datasets: {first_of(configs, 10)}; give one")
+    if configs:
+        return read_yolo(configs[0], image_dir)
+    if labelled:
+        return read_yolo_folders(root, files, images, image_root)
+    if xml_files:
+        return read_voc(root, files, images, image_dir)
+    if tables:
+        return read_csv(root, tables, images, image_root)
+    if coco:
+        return find_coco(root, coco, image_dir)
+    raise UserError(f"{root} has no {KNOWN}: {_what_is_there(files, contents)}")
+
+
+def _innermost(folder: str) -> str:
+    """The folder in a folder that has nothing else, as archives unpack."""
+    while True:
+        names = [n for n in os.listdir(folder) if not n.startswith(".") and n != "__MACOSX"]
+        inner = os.path.join(folder, names[0]) if len(names) == 1 else ""
+        has_meaning = bool(inner) and names[0].lower() in (*SPLITS, "images", "annotations")
+        if not os.path.isdir(inner) or os.path.islink(inner) or has_meaning:
+            return folder
+        folder = inner
+
+
+def _what_is_there(files: List[str], contents: Dict[str, object]) -> str:
+    if not files:
+        return "it is empty"
+    for path, content in contents.items():
+        return f"{path} is {_kind_of_json(content)}"
+    counts = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in files)
+    return "it has " + ", ".join(f"{n} file(s) {suffix}" for suffix, n in counts.most_common(5))
+
+
+def _kind_of_json(content: object) -> str:
+    """What a JSON file is that is not COCO's, for a message."""
+    if isinstance(content, dict):
+        keys = {str(key) for key in content}
+        for kind, marks in (
+            ("a project of VGG Image Annotator", {"_via_img_metadata", "_via_settings"}),
+            ("LabelMe's (an image a file)", {"shapes", "imagePath"}),
+            ("Supervisely's", {"objects", "size"}),
+            ("Datumaro's", {"items", "infos"}),
+        ):
+            if keys >= marks:
+                return f"{kind}, to be exported as COCO"
+        return f"an object with {', '.join(sorted(keys)[:5]) or 'nothing'}"
+    if isinstance(content, list):
+        first = content[0] if content else None
+        if isinstance(first, dict) and {"image", "annotations"} <= first.keys():
+            return "CreateML's, to be exported as COCO"
+        if isinstance(first, dict) and {"data", "annotations"} <= first.keys():
+            return "Label Studio's own, to be exported as COCO"
+        return "a list"
+    return "no valid JSON"

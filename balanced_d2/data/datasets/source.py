@@ -1,0 +1,313 @@
+"""What the readers of all formats share: labelled images, finding files, and COCO's dictionary."""
+
+import math
+import os
+import reprlib
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from PIL import Image, UnidentifiedImageError
+
+from balanced_d2.utils.errors import UserError, first_of
+from balanced_d2.utils.progress import WithBar
+
+IMAGE_SUFFIXES = (
+    *(".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".tif", ".tiff", ".webp"),
+)
+SPLITS = {
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The names that people give to splits, and the names they get here."""
+LARGEST_FRACTION = 2
+"""A coordinate farther outside than this is no fraction of an image, but a number of pixels."""
+
+Label = int | str
+
+
+class LabelledObject(NamedTuple):
+    """An object in an image: coordinates in pixels, or in fractions of the image's size."""
+
+    label: Label
+    box: Tuple[float, float, float, float]
+    """x0, y0, x1, y1."""
+    polygon: Sequence[float] = ()
+    """x, y, x, y, ... of its outline, if that is known."""
+    crowd: bool = False
+
+
+class LabelledImage(NamedTuple):
+    """An image and its objects."""
+
+    path: str
+    objects: List[LabelledObject]
+    size: Optional[Tuple[int, int]] = None
+    """Width and height, if the source has them."""
+
+
+class Labelled(NamedTuple):
+    """What a reader has read."""
+
+    format: str
+    """Its name for the user."""
+    classes: Dict[Label, str]
+    """The name of each label, in the order of the model's classes."""
+    splits: Dict[str, List[LabelledImage]]
+    """The images of "train", "val" and "test"; of "" if the source has no split."""
+    in_fractions: bool = False
+    """Whether coordinates are fractions of the image's size."""
+    notes: Tuple[str, ...] = ()
+    """What was left out, for the log."""
+
+
+def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
+    """The content of a COCO annotation file for each split.
+
+    Sizes are read from the headers of the images, no pixels are. The names of the images are
+    relative to ``image_root``. Categories are numbered from 1.
+
+    Raises:
+        UserError: if the size of an image is not known, or not the one that the source says.
+    """
+    numbers = {label: number for number, label in enumerate(labelled.classes, start=1)}
+    categories = [
+        {"id": number, "name": labelled.classes[label]} for label, number in numbers.items()
+    ]
+    contents = {}
+    for split, images in labelled.splits.items():
+        sizes = read_sizes(images)
+        content: Dict[str, List[Dict]] = {"images": [], "annotations": [], "categories": categories}
+        for image, (width, height) in zip(images, sizes):
+            image_id = len(content["images"]) + 1
+            file_name = os.path.relpath(image.path, image_root)
+            content["images"].append(
+                {"id": image_id, "file_name": file_name, "width": width, "height": height}
+            )
+            scale = (width, height) if labelled.in_fractions else (1, 1)
+            for item in image.objects:
+                annotation = {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": numbers[item.label],
+                    **_shape(item, scale),
+                    "iscrowd": int(item.crowd),
+                }
+                content["annotations"].append(annotation)
+        contents[split] = content
+    return contents
+
+
+def _shape(item: LabelledObject, scale: Tuple[int, int]) -> Dict:
+    x0, y0, x1, y1 = (value * scale[i % 2] for i, value in enumerate(item.box))
+    shape = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": max(0, x1 - x0) * max(0, y1 - y0)}
+    if item.polygon:
+        polygon = [value * scale[i % 2] for i, value in enumerate(item.polygon)]
+        xs, ys = polygon[::2], polygon[1::2]
+        doubled = sum(x * ys[i - 1] - xs[i - 1] * y for i, (x, y) in enumerate(zip(xs, ys)))
+        shape.update(segmentation=[polygon], area=abs(doubled) / 2)
+    return shape
+
+
+def read_sizes(images: List[LabelledImage]) -> List[Tuple[int, int]]:
+    """Width and height of each image, as it is shown: rotated as its EXIF data says.
+
+    An image that cannot be read has the size that the source says: it is reported where it is
+    used.
+
+    Raises:
+        UserError: if the source says no size or another one.
+    """
+    sizes, unknown, different = [], [], []
+    for image in WithBar(images, desc="reading sizes", unit="image"):
+        try:
+            size = image_size(image.path)
+        except UserError as error:
+            size = image.size or (0, 0)
+            if not image.size:
+                unknown.append(str(error))
+        if image.size and size != image.size:
+            different.append("{} is {} x {}, not {} x {}".format(image.path, *size, *image.size))
+        sizes.append(size)
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of {len(images)} image(s) cannot be read; add, replace or remove "
+            f"them: {first_of(unknown)}"
+        )
+    if different:
+        raise UserError(
+            f"{len(different)} of {len(images)} image(s) do not have the size for which they were "
+            "annotated (were they scaled, or rotated by their EXIF data?): " + first_of(different)
+        )
+    return sizes
+
+
+def image_size(path: str) -> Tuple[int, int]:
+    """Width and height of an image, rotated as its EXIF data says, from its header.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            try:
+                orientation = image.getexif().get(0x0112)
+            except Exception:  # Detectron2 ignores EXIF data that cannot be read, too
+                orientation = None
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image") from error
+    except Exception as error:  # Pillow's formats raise errors of many types
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def list_files(folder: str) -> List[str]:
+    """All files in a folder and its sub-folders, sorted; hidden ones are left out.
+
+    These include what macOS adds to archives. Links to folders are followed once.
+    """
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def split_in(path: str, root: str) -> str:
+    """The split that the name of a file or of a folder around it says, inside of ``root``; "" if
+    none does. The outermost folder counts, then the file."""
+    parts = os.path.relpath(path, root).lower().split(os.sep)
+    for part in parts[:-1]:
+        if part.rstrip("0123456789") in SPLITS:
+            return SPLITS[part.rstrip("0123456789")]
+    words = "".join(c if c.isalpha() else " " for c in parts[-1]).split()
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def read_text(path: str) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    is_utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not text in UTF-8 (byte {error.start + 1}); save it as UTF-8"
+        ) from error
+
+
+def number(text: str) -> float:
+    """A finite number, or ValueError."""
+    value = float(text)
+    if not math.isfinite(value) or "_" in text:  # Python reads 1_0 as 10
+        raise ValueError(f"{text!r} is not a finite number")
+    return value
+
+
+def shorten(text: object, length: int = 80) -> str:
+    """A text from a file for a message, on one line."""
+    # A few lines of YAML can be a list that is endless as text.
+    line = " ".join((text if isinstance(text, str) else reprlib.repr(text)).split())
+    return line if len(line) <= length else line[:length] + "..."
+
+
+class ImageIndex:
+    """Finds the images that annotations name, although folders have been moved.
+
+    Args:
+        files: those in the folder of the images; others than images are ignored.
+        root: that folder.
+    """
+
+    def __init__(self, files: Iterable[str], root: str):
+        self._root = root
+        self.images = [path for path in files if is_image(path)]
+        self._paths = set(self.images)
+        self._by_name: Dict[str, List[str]] = {}
+        self._by_stem: Dict[str, List[str]] = {}
+        for path in self.images:
+            name = os.path.basename(path).lower()
+            self._by_name.setdefault(name, []).append(path)
+            self._by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
+        self._named: Dict[str, str] = {}
+
+    def find(self, name: str, near: str, where: str) -> Optional[str]:
+        """The image with a name, None if there is none.
+
+        It is the file of that path, absolute, or relative to ``near`` or to the folder of the
+        images; otherwise the one that has the same name and most of the same folders, whatever its
+        suffix.
+
+        Args:
+            name: with or without folders and a suffix, with / or \\.
+            near: the folder of the annotation.
+            where: the annotation, for messages.
+
+        Raises:
+            UserError: if there are several, or another name has led to the same image.
+        """
+        name = name.strip()
+        if not name or "\0" in name:
+            return None
+        for folder in (near, self._root):
+            for spelled in (name, name.replace("\\", "/")):
+                path = os.path.normpath(os.path.join(folder, spelled))
+                if path in self._paths or (os.path.isabs(name) and os.path.isfile(path)):
+                    return path
+        found = self._similar(name.replace("\\", "/").split("/"), near, where)
+        if found and self._named.setdefault(found, name) != name:
+            raise UserError(
+                f"{where}: there is no image {shorten(name)}, and {found}, which has its file "
+                f"name, has been found for {shorten(self._named[found])}: give the folder of the "
+                "images as the last argument of --register"
+            )
+        return found
+
+    def _similar(self, parts: List[str], near: str, where: str) -> Optional[str]:
+        *folders, last = (part.lower() for part in parts)
+        stem = os.path.splitext(last)[0] if is_image(last) else last
+        found = self._by_name.get(last) or self._by_stem.get(stem, [])
+        if len(found) <= 1:
+            return found[0] if found else None
+
+        def likeness(path: str) -> Tuple[int, bool]:
+            own = os.path.dirname(path).lower().split(os.sep)
+            same = 0
+            while same < min(len(own), len(folders)) and own[-1 - same] == folders[-1 - same]:
+                same += 1
+            return same, os.path.dirname(path) == near
+
+        found = sorted(found, key=likeness, reverse=True)
+        if likeness(found[0]) == likeness(found[1]):
+            raise UserError(
+                f"{where}: {shorten('/'.join(parts))} may be {found[0]} or {found[1]}: give the "
+                "folder of the images as the last argument of --register"
+            )
+        return found[0]
+
+    def note_unused(self, used: Set[str]) -> Tuple[str, ...]:
+        """A note about the images that no annotation names."""
+        unused = [path for path in self.images if path not in used]
+        if not unused:
+            return ()
+        return (f"left out {len(unused)} image(s) without annotations: {first_of(unused)}",)

@@ -1,0 +1,351 @@
+"""YOLO: a text file for each image, as Ultralytics, Darknet, CVAT, Label Studio and Roboflow write
+them, with or without a ``data.yaml``."""
+
+import os
+from typing import Dict, Iterable, List, Optional, Set, Tuple
+
+import yaml
+
+from balanced_d2.data.datasets.source import (
+    LARGEST_FRACTION,
+    SPLITS,
+    Label,
+    Labelled,
+    LabelledImage,
+    LabelledObject,
+    is_image,
+    list_files,
+    number,
+    read_text,
+    shorten,
+    split_in,
+)
+from balanced_d2.utils.errors import UserError, first_of
+from balanced_d2.utils.progress import WithBar
+
+NAME_FILES = ("_darknet.labels", "classes.txt", "obj.names", "classes.names", "coco.names")
+
+
+def read_config(path: str) -> Dict:
+    """The content of a ``data.yaml``, or of Darknet's ``obj.data``; values are strings, so that a
+    class may be called "no" or 1.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    text = read_text(path)
+    if path.lower().endswith(".data"):
+        pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+        return {key.strip(): value.strip() for key, value in pairs}
+    try:
+        content = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {shorten(str(error), 200)}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def is_yolo_config(path: str) -> bool:
+    """Whether a file names the parts of a YOLO dataset."""
+    try:
+        keys = {str(key) for key in read_config(path)}
+    except UserError:
+        return False
+    return bool(keys & SPLITS.keys()) and bool(keys & {"names", "nc"})
+
+
+def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
+    """Read the dataset that a ``data.yaml`` or an ``obj.data`` describes.
+
+    Paths in it may be relative to it, to its ``path``, or come from another machine or folder: then
+    as much of their end is used as exists here. Each is a folder of images, a list of images, or
+    several of these.
+
+    Args:
+        image_dir: where to look for them first.
+
+    Raises:
+        UserError: naming the file, and the line or key.
+    """
+    config = read_config(config_file)
+    splits = {key: value for key, value in config.items() if str(key) in SPLITS and value}
+    if not splits:
+        raise UserError(
+            f"{config_file} has none of the keys train, val and test; it has "
+            + (shorten(", ".join(map(str, config))) or "none at all")
+        )
+    if config.get("kpt_shape"):
+        raise UserError(f"{config_file}: keypoints of YOLO are not read; use COCO JSON")
+    folder = os.path.dirname(os.path.abspath(config_file))
+    base = config.get("path") or ""
+    if not isinstance(base, str):
+        raise UserError(f"{config_file}: path is {shorten(base)}, not the name of a folder")
+    bases = [os.path.join(folder, base), folder, *filter(None, [image_dir]), os.path.abspath(base)]
+    found: Dict[str, List[str]] = {}
+    taken: Dict[str, str] = {}
+    for key, value in splits.items():
+        words = value if isinstance(value, list) else [value]
+        for word in words:
+            if not isinstance(word, str) or not word:
+                raise UserError(f"{config_file}: {key} is {shorten(value)}, not a path")
+            path = resolve(word, bases)
+            if path is None:
+                raise UserError(
+                    f"{config_file}: {key} is {shorten(word)}, which exists neither there nor "
+                    f"from {', '.join(dict.fromkeys(map(os.path.normpath, bases)))}"
+                )
+            if taken.setdefault(path, word) != word:
+                raise UserError(
+                    f"{config_file}: {shorten(word)} and {shorten(taken[path])} both lead to "
+                    f"{path}; correct them, or path"
+                )
+            images = _listed_images(path, bases)
+            if not images:
+                raise UserError(f"{config_file}: {key} is {shorten(word)}, and {path} has no image")
+            found.setdefault(SPLITS[str(key)], []).extend(images)
+    names = _names_in(config, config_file, bases)
+    labelled_files = {image: label_file(image) for images in found.values() for image in images}
+    return _read("YOLO", config_file, found, labelled_files, names)
+
+
+def resolve(word: str, bases: Iterable[str]) -> Optional[str]:
+    """The existing file or folder that a path means, without as many of its first folders as
+    necessary; None if there is none."""
+    if "\0" in word:
+        return None
+    if os.path.isabs(word) and os.path.exists(word):
+        return os.path.normpath(word)
+    parts = [part for part in word.replace("\\", "/").split("/") if part not in ("", ".")]
+    start = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
+    for tail in (parts, *(parts[i:] for i in range(max(start, 1), len(parts)))):
+        for base in bases:
+            path = os.path.normpath(os.path.join(base, *tail)) if tail else base
+            try:
+                if os.path.exists(path):
+                    return path
+            except (OSError, ValueError):
+                return None
+    return None
+
+
+def _listed_images(path: str, bases: List[str]) -> List[str]:
+    """The images in a folder, or those that a text file lists."""
+    if os.path.isdir(path):
+        return [file for file in list_files(path) if is_image(file)]
+    if not path.lower().endswith(".txt"):
+        return [path] if is_image(path) else []
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    places = [os.path.dirname(path), *bases]
+    found = {line: resolve(line, places) for line in lines if line}
+    missing = [shorten(line) for line, image in found.items() if not image or os.path.isdir(image)]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(found)} image(s) in it do not exist: "
+            f"{first_of(missing)}"
+        )
+    return [str(found[line]) for line in lines if line]
+
+
+def _names_in(config: Dict, path: str, bases: List[str]) -> Optional[Dict[Label, str]]:
+    names = config.get("names")
+    if isinstance(names, str) and names:
+        file = resolve(names, bases)
+        if file is None or os.path.isdir(file):
+            raise UserError(f"{path}: names is {shorten(names)}, which is not a file")
+        return _read_names(file)
+    if isinstance(names, dict):
+        by_number = {}
+        for key, name in names.items():
+            try:
+                by_number[int(key)] = name
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path}: names has the key {shorten(key)}, no number") from error
+        names = dict(sorted(by_number.items()))
+    elif isinstance(names, list):
+        names = dict(enumerate(names))
+    elif names:
+        raise UserError(f"{path}: names is {shorten(names)}, not a list of names")
+    try:
+        number_of_classes = int(config.get("nc") or config.get("classes") or len(names or ()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: nc is {shorten(config.get('nc'))}, not a number") from error
+    if not names:
+        if not 0 < number_of_classes <= 10000:
+            return None
+        return {i: str(i) for i in range(number_of_classes)}
+    wrong = [name for name in names.values() if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        raise UserError(f"{path}: names has {shorten(wrong[0]) or 'an empty name'}, not a name")
+    if number_of_classes != len(names):
+        raise UserError(
+            f"{path}: nc is {number_of_classes}, but there are {len(names)} names; correct one"
+        )
+    return {label: name.strip() for label, name in names.items()}
+
+
+def _read_names(path: str) -> Dict[Label, str]:
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    empty = next((i for i, name in enumerate(names, start=1) if not name), None)
+    if empty or not names:
+        raise UserError(f"{path}, line {empty or 1}: there is no name of a class")
+    return dict(enumerate(names))
+
+
+def label_file(image: str) -> str:
+    """Where the labels of an image are: in ``labels`` if it is in ``images``, or else beside it."""
+    folder, name = os.path.split(os.path.splitext(image)[0] + ".txt")
+    parts = folder.split(os.sep)
+    for i in reversed(range(len(parts))):
+        if parts[i].lower() == "images":
+            for labels in dict.fromkeys(("labels", "Labels", "LABELS")):
+                other = os.sep.join([*parts[:i], labels, *parts[i + 1 :], name])
+                if os.path.isfile(other):
+                    return other
+            break
+    return os.path.join(folder, name)
+
+
+def labels_of(images: List[str], root: str, image_root: str) -> Dict[str, str]:
+    """The label file of each image that has one: as in :func:`label_file`, or at the same place in
+    another folder."""
+    found = {}
+    for image in images:
+        place = os.path.splitext(os.path.relpath(image, image_root))[0] + ".txt"
+        for path in (label_file(image), os.path.join(root, place)):
+            if os.path.isfile(path):
+                found[image] = path
+                break
+    return found
+
+
+def read_yolo_folders(root: str, files: List[str], images: List[str], image_root: str) -> Labelled:
+    """Read images and label files from folders, without a ``data.yaml``.
+
+    Splits are folders with their names. The names of the classes are in one of ``NAME_FILES``; if
+    there is none, they are numbers.
+
+    Args:
+        root, image_root: the folders of the label files and of the images.
+        files, images: all files in them.
+
+    Raises:
+        UserError: naming the file and the line.
+    """
+    found = labels_of(images, root, image_root)
+    labelled_folders = {os.path.dirname(image) for image in found}
+    used = [image for image in images if os.path.dirname(image) in labelled_folders]
+    splits: Dict[str, List[str]] = {}
+    for image in used:
+        splits.setdefault(split_in(os.path.dirname(image) + "/_", image_root), []).append(image)
+    if "" in splits and len(splits) > 1:
+        raise UserError(
+            f"{root}: {len(splits[''])} labelled image(s) are in no folder of a split, but others "
+            f"are: {first_of(splits[''])}"
+        )
+    name_files = [path for path in files if os.path.basename(path).lower() in NAME_FILES]
+    names = {path: _read_names(path) for path in name_files}
+    if len(set(map(str, names.values()))) > 1:
+        raise UserError(f"{root} has different names of classes in {first_of(name_files)}")
+    left_out = [image for image in images if os.path.dirname(image) not in labelled_folders]
+    known = {*found.values(), *name_files}
+    places = {os.path.dirname(path) for path in found.values()}
+    orphans = [
+        path
+        for path in files
+        if path.lower().endswith(".txt") and os.path.dirname(path) in places and path not in known
+    ]
+    labels = {image: found.get(image, "") for image in used}
+    return _read(
+        "YOLO",
+        root,
+        splits,
+        labels,
+        next(iter(names.values()), None),
+        notes=(
+            *_note(left_out, "image(s) in folders without labels"),
+            *_note(orphans, "text file(s) without an image"),
+        ),
+    )
+
+
+def _note(paths: List[str], what: str) -> Tuple[str, ...]:
+    return (f"left out {len(paths)} {what}: {first_of(paths)}",) if paths else ()
+
+
+def _read(
+    format: str,
+    source: str,
+    splits: Dict[str, List[str]],
+    label_files: Dict[str, str],
+    names: Optional[Dict[Label, str]],
+    notes: Tuple[str, ...] = (),
+) -> Labelled:
+    read: Dict[str, List[LabelledImage]] = {}
+    used: Set[Label] = set()
+    for split, images in splits.items():
+        if not any(os.path.isfile(label_files[image]) for image in images):
+            message = (
+                f"none of the {len(images)} images has a label file; that of {images[0]} would be "
+                f"{label_files[images[0]] or 'beside it'}"
+            )
+            if split != "test" or len(splits) == 1:
+                raise UserError(f"{source}: {split or 'the dataset'}: {message}")
+            notes = (*notes, f"left out test: {message}")
+            continue
+        read[split] = []
+        for image in WithBar(images, desc=f"reading labels {split}", unit="file"):
+            # An image without a file has no objects.
+            path = label_files[image]
+            objects = read_labels(path, names) if os.path.isfile(path) else []
+            used.update(item.label for item in objects)
+            read[split].append(LabelledImage(image, objects))
+    if names is None:
+        names = {i: str(i) for i in range(max(map(int, used), default=0) + 1)}
+        notes = (*notes, "the names of the classes are in no file: using numbers")
+    return Labelled(format, names, read, in_fractions=True, notes=notes)
+
+
+def read_labels(path: str, names: Optional[Dict[Label, str]]) -> List[LabelledObject]:
+    """The objects in a label file: class, then centre and size of a box, or a polygon.
+
+    Args:
+        names: the classes that there are, None if they are not known.
+
+    Raises:
+        UserError: naming the file and the line.
+    """
+    lines = read_text(path).splitlines()
+    return [
+        _read_line(line.split(), names, f"{path}, line {position}")
+        for position, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _read_line(words: List[str], names: Optional[Dict[Label, str]], where: str) -> LabelledObject:
+    try:
+        values = [number(word) for word in words]
+    except ValueError as error:
+        raise UserError(f"{where}: not all are numbers: {shorten(' '.join(words))}") from error
+    if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
+        score = " (is the last one a score? labels have none)" if len(values) == 6 else ""
+        raise UserError(
+            f"{where} has {len(values)} numbers{score}; a box has 5 (class, x, y, width, height), "
+            "a polygon 7, 9, 11, ..."
+        )
+    label, coordinates = values[0], values[1:]
+    if label != int(label) or not (0 <= label < 10000 if names is None else int(label) in names):
+        classes = "" if names is None else f", but there are {len(names)} classes, from 0"
+        raise UserError(f"{where}: its class is {words[0]}{classes}")
+    if max(map(abs, coordinates)) > LARGEST_FRACTION:
+        raise UserError(
+            f"{where}: {shorten(' '.join(words[1:5]))} are no fractions of the image's width and "
+            "height; are they pixels? divide them by its size"
+        )
+    if len(coordinates) > 4:
+        xs, ys = coordinates[::2], coordinates[1::2]
+        box = (min(xs), min(ys), max(xs), max(ys))
+        return LabelledObject(int(label), box, coordinates)
+    x, y, width, height = coordinates
+    return LabelledObject(
+        int(label), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    )

@@ -1,0 +1,373 @@
+"""Random datasets in every format are read as they were written; random damage ends in a result or
+in one line; a split is the same everywhere, with every class in both parts.
+
+``HYPOTHESIS_EXAMPLES`` sets the number for each; `make soak` takes many more.
+"""
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pytest
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from balanced_d2.data.checks.for_model import load
+from balanced_d2.data.datasets.look import look
+from balanced_d2.data.datasets.register import register_source
+from balanced_d2.data.datasets.source import Labelled, as_coco
+from balanced_d2.data.datasets.split import choose_val, split_content
+from balanced_d2.utils.errors import UserError
+
+examples = settings(
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+# What XML and YAML can hold, without what programs strip.
+characters = st.characters(exclude_categories=("Cs", "Cc", "Cn", "Zl", "Zp"))
+class_names = st.text(characters, min_size=1, max_size=8).map(lambda s: " ".join(s.split()))
+class_names = class_names.filter(lambda s: s and s.lower() not in ("nan", "null"))
+file_names = st.text("abcäß猫 -_.()1", min_size=1, max_size=8).filter(
+    lambda s: s == s.strip() and s.strip(". ") and not s.startswith((".", "-")) and s[-1] != "."
+)
+fractions = st.integers(0, 64).map(lambda i: i / 64)
+
+
+@st.composite
+def datasets(draw):
+    """{split: {stem: (size, [(class, x0, y0, x1, y1 in fractions)])}}, and the classes."""
+    classes = draw(st.lists(class_names, min_size=1, max_size=4, unique=True))
+    splits = draw(st.sampled_from([("train",), ("train", "val"), ("train", "val", "test")]))
+    corners = st.lists(fractions, min_size=2, max_size=2, unique=True).map(sorted)
+    stems = draw(
+        st.lists(
+            file_names,
+            min_size=len(splits),
+            max_size=6,
+            unique_by=lambda s: s.lower(),
+        )
+    )
+    found = {split: {} for split in splits}
+    for i, stem in enumerate(stems):
+        size = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+        boxes = [
+            (draw(st.sampled_from(classes)), x0, y0, x1, y1)
+            for (x0, x1), (y0, y1) in draw(st.lists(st.tuples(corners, corners), max_size=4))
+        ]
+        found[splits[i % len(splits)]][stem] = (size, boxes)
+    # Formats do not know that there is a split in which nothing is labelled.
+    for images in found.values():
+        stem, (size, boxes) = next(iter(images.items()))
+        images[stem] = (size, boxes or [(classes[0], 0.25, 0.25, 0.5, 0.75)])
+    return found, classes
+
+
+def write_image(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size).save(path, "PNG")
+
+
+def in_pixels(size, box):
+    return [value * size[i % 2] for i, value in enumerate(box)]
+
+
+def write_yolo(folder, splits, classes, in_lists=False):
+    for split, images in splits.items():
+        for stem, (size, boxes) in images.items():
+            write_image(folder / split / "images" / f"{stem}.png", size)
+            lines = [
+                f"{classes.index(label)} {(x0 + x1) / 2} {(y0 + y1) / 2} {x1 - x0} {y1 - y0}"
+                for label, x0, y0, x1, y1 in boxes
+            ]
+            (folder / split / "labels").mkdir(exist_ok=True)
+            (folder / split / "labels" / f"{stem}.txt").write_text("\n".join(lines))
+        if in_lists:
+            lines = [f"./{split}/images/{stem}.png" for stem in images]
+            (folder / f"{split}.txt").write_text("\n".join(lines))
+    paths = {split: f"{split}.txt" if in_lists else f"../{split}/images" for split in splits}
+    (folder / "data.yaml").write_text(yaml.safe_dump({**paths, "names": classes}))
+
+
+def write_yolo_lists(folder, splits, classes):
+    write_yolo(folder, splits, classes, in_lists=True)
+
+
+def write_yolo_folders(folder, splits, classes):
+    write_yolo(folder, splits, classes)
+    (folder / "data.yaml").unlink()
+    (folder / "classes.txt").write_text("\n".join(classes))
+
+
+def voc(name, size, boxes):
+    objects = []
+    for label, *box in boxes:
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), in_pixels(size, box))
+        box_text = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
+        objects.append(f"<object><name>{escape(label)}</name><bndbox>{box_text}</bndbox></object>")
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    text = f"<filename>{escape(name)}</filename>{sides}{''.join(objects)}"
+    return f"<annotation>{text}</annotation>"
+
+
+def write_voc(folder, splits, classes):
+    for split, images in splits.items():
+        for stem, (size, boxes) in images.items():
+            write_image(folder / split / f"{stem}.png", size)
+            (folder / split / f"{stem}.xml").write_text(voc(f"{stem}.png", size, boxes))
+
+
+def write_voc_lists(folder, splits, classes):
+    (folder / "Annotations").mkdir()
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for split, images in splits.items():
+        for stem, (size, boxes) in images.items():
+            write_image(folder / "JPEGImages" / f"{stem}.png", size)
+            (folder / "Annotations" / f"{stem}.xml").write_text(voc("?", size, boxes))
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(images))
+
+
+def table(rows):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def write_csv(folder, splits, classes):
+    for split, images in splits.items():
+        rows = [["filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax"]]
+        for stem, (size, boxes) in images.items():
+            write_image(folder / split / f"{stem}.png", size)
+            rows += [
+                (f"{stem}.png", *size, label, *in_pixels(size, box)) for label, *box in boxes
+            ] or [(f"{stem}.png", *size, "", "", "", "", "")]
+        (folder / split / "_annotations.csv").write_text(table(rows))
+
+
+def write_google(folder, splits, classes):
+    names = {"train": "TRAIN", "val": "VALIDATION", "test": "TEST"}
+    rows = []
+    for split, images in splits.items():
+        for stem, (size, boxes) in images.items():
+            write_image(folder / "images" / f"{stem}.png", size)
+            start = (names[split], f"gs://bucket/images/{stem}.png")
+            rows += [
+                (*start, label, x0, y0, "", "", x1, y1, "", "") for label, x0, y0, x1, y1 in boxes
+            ] or [(*start, *[""] * 9)]
+    (folder / "export.csv").write_text(table(rows))
+
+
+def write_coco(folder, splits, classes):
+    for split, images in splits.items():
+        content = {"images": [], "annotations": [], "categories": []}
+        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+        for stem, (size, boxes) in images.items():
+            write_image(folder / split / f"{stem}.png", size)
+            image = {"id": len(content["images"]), "file_name": f"{stem}.png"}
+            content["images"].append({**image, "width": size[0], "height": size[1]})
+            for label, *box in boxes:
+                x0, y0, x1, y1 = in_pixels(size, box)
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": image["id"],
+                        "category_id": classes.index(label) + 1,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                        "iscrowd": 0,
+                    }
+                )
+        (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+
+
+WRITERS = {
+    "yolo": write_yolo,
+    "yolo lists": write_yolo_lists,
+    "yolo folders": write_yolo_folders,
+    "voc": write_voc,
+    "voc lists": write_voc_lists,
+    "csv": write_csv,
+    "google": write_google,
+    "coco": write_coco,
+}
+formats = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+
+
+class Folder:
+    """A folder, and names of datasets, for one example."""
+
+    def __enter__(self):
+        self.before = set(DatasetCatalog)
+        self.path = Path(tempfile.mkdtemp()).resolve()
+        return self.path
+
+    def __exit__(self, *error):
+        shutil.rmtree(self.path)
+        for name in set(DatasetCatalog) - self.before:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
+
+
+@formats
+@examples
+@given(dataset=datasets())
+def test_what_was_written_is_read(write, dataset):
+    splits, classes = dataset
+    boxes = [box for images in splits.values() for _, found in images.values() for box in found]
+    with Folder() as folder:
+        write(folder, splits, classes)
+        if write is write_csv and all(
+            max(map(abs, in_pixels(size, box))) <= 1
+            for images in splits.values()
+            for size, found in images.values()
+            for _, *box in found
+        ):
+            return  # refused: they may be fractions
+        names = register_source("random", str(folder))
+        assert names == [f"random_{split}" for split in splits]
+        found = {}
+        for split in splits:
+            records = load(f"random_{split}")
+            read_classes = MetadataCatalog.get(f"random_{split}").thing_classes
+            found[split] = {
+                Path(r["file_name"]).stem: (
+                    (r["width"], r["height"]),
+                    [
+                        (read_classes[a["category_id"]], *(round(v, 2) for v in a["bbox"]))
+                        for a in r["annotations"]
+                    ],
+                )
+                for r in records
+            }
+            if write in (write_yolo, write_yolo_lists, write_yolo_folders, write_coco):
+                assert read_classes == classes
+            else:
+                assert read_classes == sorted({label for label, *_ in boxes})
+    for split, images in splits.items():
+        assert found[split].keys() == images.keys()
+        for stem, (size, expected) in images.items():
+            assert found[split][stem][0] == size
+            read = found[split][stem][1]
+            assert [label for label, *_ in read] == [label for label, *_ in expected]
+            for (_, *box), (_, *corners) in zip(read, expected):
+                x0, y0, x1, y1 = in_pixels(size, corners)
+                assert box == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.01)
+
+
+def damage(content: bytes, data) -> bytes:
+    kind = data.draw(st.sampled_from(["flip", "insert", "drop line", "swap", "cut", "word"]))
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    if not content:
+        return bytes(rng.randrange(256) for _ in range(9))
+    place = rng.randrange(len(content))
+    if kind == "flip":
+        return content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :]
+    if kind == "insert":
+        return (
+            content[:place]
+            + bytes([rng.randrange(256)]) * rng.choice((1, 5, 3000))
+            + content[place:]
+        )
+    if kind == "cut":
+        return content[:place]
+    if kind == "drop line":
+        lines = content.splitlines(keepends=True)
+        del lines[rng.randrange(len(lines))]
+        return b"".join(lines)
+    words = content.split(b" ") if b" " in content else content.split(b",")
+    first, second = rng.randrange(len(words)), rng.randrange(len(words))
+    if kind == "swap":
+        words[first], words[second] = words[second], words[first]
+    else:
+        words[first] = rng.choice(
+            [b"", b"-1", b"1e999", b"nan", b"1_0", b"9" * 400, b"../..", b"null", b"[[", b"\0"]
+        )
+    return (b" " if b" " in content else b",").join(words)
+
+
+@formats
+@examples
+@given(data=st.data())
+def test_damage_ends_in_a_result_or_one_line(write, data):
+    boxes = [("dog", 0.25, 0.25, 0.5, 0.75), ("cat", 0.5, 0.25, 0.75, 0.75)]
+    splits = {
+        s: {f"{s}{i}": ((40, 30), boxes[: i + 1]) for i in range(2)} for s in ("train", "val")
+    }
+    with Folder() as folder:
+        write(folder, splits, ["dog", "cat"])
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        texts = [path for path in files if path.suffix != ".png"]
+        for _ in range(data.draw(st.integers(1, 3))):
+            path = data.draw(st.sampled_from([*texts, *texts, *files]))
+            path.write_bytes(damage(path.read_bytes(), data))
+        try:
+            found = look(str(folder))
+            contents = as_coco(found, str(folder)) if isinstance(found, Labelled) else {}
+            for content in contents.values():
+                json.loads(json.dumps(content, allow_nan=False))
+                if len({image["file_name"] for image in content["images"]}) > 1:
+                    split_content(content, 0.5)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+@examples
+@given(
+    st.dictionaries(
+        st.text(max_size=5), st.frozensets(st.sampled_from("abcdefg"), max_size=3), min_size=2
+    ),
+    st.floats(0.01, 0.99),
+)
+def test_split(labels, fraction):
+    val = choose_val(labels, fraction)
+    shuffled = dict(sorted(labels.items(), key=lambda item: item[0][::-1]))
+    assert choose_val(shuffled, fraction) == val
+    assert 0 < len(val) < len(labels)
+    counts = {c: [name in val for name, own in labels.items() if c in own] for c in "abcdefg"}
+    one_sided = [c for c, sides in counts.items() if len(sides) > 1 and len(set(sides)) == 1]
+    if all(len(own) <= 1 for own in labels.values()):
+        for sides in counts.values():
+            wanted = min(max(1, round(fraction * len(sides))), len(sides) - 1)
+            assert sum(sides) == max(0, wanted) or len(labels) == len(
+                set.union(set(), *labels.values())
+            )
+        assert not one_sided
+    elif one_sided and len(labels) <= 10:
+        # Moving one image would put at least one other class into a single part.
+        for name in labels:
+            moved = val ^ {name}
+            sides = {c: {n in moved for n, own in labels.items() if c in own} for c in counts}
+            now = [c for c in counts if len(counts[c]) > 1 and len(sides[c]) == 1]
+            assert len(now) >= len(one_sided) or len(moved) in (0, len(labels))
+
+
+def test_split_is_the_same_on_every_machine():
+    labels = {f"images/{i}.jpg": frozenset("a" if i % 10 else "ab") for i in range(40)}
+    assert sorted(choose_val(labels, 0.2)) == [
+        f"images/{i}.jpg" for i in (0, 1, 17, 18, 28, 33, 36, 39)
+    ]
+
+
+def test_split_keeps_the_share():
+    rng = random.Random(0)
+    weights = {"a": 0.9, "b": 0.3, "c": 0.1, "d": 0.01}
+    labels = {
+        str(i): frozenset(c for c, share in weights.items() if rng.random() < share)
+        for i in range(1000)
+    }
+    val = choose_val(labels, 0.2)
+    assert abs(len(val) - 200) <= 20
+    for c in weights:
+        held = [name in val for name, own in labels.items() if c in own]
+        assert abs(sum(held) / len(held) - 0.2) < 0.06
