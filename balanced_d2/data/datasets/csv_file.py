@@ -261,6 +261,6 @@ def _classes(files: List[str], labels: set) -> Dict[Label, str]:
                 order = sorted(range(len(first)), key=lambda i: int(second[i]))
                 return {first[i]: first[i] for i in order}
             if labels <= set(first):
-                titles = dict(zip(first, second))
-                return {label: titles[str(label)] for label in sorted(labels, key=lambda x: titles[str(x)])}
+                titles: Dict[Label, str] = {k: v for k, v in zip(first, second) if k in labels}
+                return dict(sorted(titles.items(), key=lambda item: item[1]))
     return {label: str(label) for label in sorted(labels, key=str)}
