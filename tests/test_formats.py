@@ -231,6 +231,19 @@ LAYOUTS = [
         *(ROBOFLOW_LABELS, ROBOFLOW_FOUND),
     ),
     (
+        *("YOLO, a test folder that does not exist", "", ROBOFLOW),
+        {
+            "data.yaml": "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+            + NAMES
+        },
+        *(ROBOFLOW_LABELS, ROBOFLOW_FOUND),
+    ),
+    (
+        *("YOLO, the folder of the images", "images", ["images/a.jpg"], {}),
+        {"labels/a.txt": BOX, "classes.txt": "dog\ncat"},
+        {"": A},
+    ),
+    (
         *("YOLO in the only folder of an archive of macOS", "", ["fish/images/a.jpg"], {}),
         {
             "fish/labels/a.txt": BOX,

@@ -68,7 +68,8 @@ def register_from(args: argparse.Namespace) -> List[str]:
                 "--register takes a name, a file or folder and, if necessary, the folder of the "
                 f"images, but is given: {' '.join(words)}"
             )
-        names += register_source(*words, fraction=args.split)
+        image_dir = words[2] if len(words) == 3 else None
+        names += register_source(words[0], words[1], image_dir, args.split)
     return names
 
 

@@ -82,12 +82,17 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
     bases = [os.path.join(folder, base), folder, *filter(None, [image_dir]), os.path.abspath(base)]
     found: Dict[str, List[str]] = {}
     taken: Dict[str, str] = {}
+    notes: Tuple[str, ...] = ()
     for key, value in splits.items():
         words = value if isinstance(value, list) else [value]
         for word in words:
             if not isinstance(word, str) or not word:
                 raise UserError(f"{config_file}: {key} is {shorten(value)}, not a path")
             path = resolve(word, bases)
+            if path is None and SPLITS[str(key)] == "test" and len(splits) > 1:
+                # Roboflow writes it whether or not there is one.
+                notes += (f"left out {key}: {shorten(word)} does not exist",)
+                continue
             if path is None:
                 raise UserError(
                     f"{config_file}: {key} is {shorten(word)}, which exists neither there nor "
@@ -104,7 +109,7 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
             found.setdefault(SPLITS[str(key)], []).extend(images)
     names = _names_in(config, config_file, bases)
     labelled_files = {image: label_file(image) for images in found.values() for image in images}
-    return _read("YOLO", config_file, found, labelled_files, names)
+    return _read(config_file, found, labelled_files, names, notes)
 
 
 def resolve(word: str, bases: Iterable[str]) -> Optional[str]:
@@ -241,13 +246,15 @@ def read_yolo_folders(root: str, files: List[str], images: List[str], image_root
             f"{root}: {len(splits[''])} labelled image(s) are in no folder of a split, but others "
             f"are: {first_of(splits[''])}"
         )
+    places = {os.path.dirname(path) for path in found.values()}
+    around = [os.path.join(f, n) for f in (*places, os.path.dirname(root)) for n in NAME_FILES]
     name_files = [path for path in files if os.path.basename(path).lower() in NAME_FILES]
+    name_files = sorted({*name_files, *filter(os.path.isfile, around)})
     names = {path: _read_names(path) for path in name_files}
     if len(set(map(str, names.values()))) > 1:
         raise UserError(f"{root} has different names of classes in {first_of(name_files)}")
     left_out = [image for image in images if os.path.dirname(image) not in labelled_folders]
     known = {*found.values(), *name_files}
-    places = {os.path.dirname(path) for path in found.values()}
     orphans = [
         path
         for path in files
@@ -255,12 +262,11 @@ def read_yolo_folders(root: str, files: List[str], images: List[str], image_root
     ]
     labels = {image: found.get(image, "") for image in used}
     return _read(
-        "YOLO",
         root,
         splits,
         labels,
         next(iter(names.values()), None),
-        notes=(
+        (
             *_note(left_out, "image(s) in folders without labels"),
             *_note(orphans, "text file(s) without an image"),
         ),
@@ -272,12 +278,11 @@ def _note(paths: List[str], what: str) -> Tuple[str, ...]:
 
 
 def _read(
-    format: str,
     source: str,
     splits: Dict[str, List[str]],
     label_files: Dict[str, str],
     names: Optional[Dict[Label, str]],
-    notes: Tuple[str, ...] = (),
+    notes: Tuple[str, ...],
 ) -> Labelled:
     read: Dict[str, List[LabelledImage]] = {}
     used: Set[Label] = set()
@@ -301,7 +306,7 @@ def _read(
     if names is None:
         names = {i: str(i) for i in range(max(map(int, used), default=0) + 1)}
         notes = (*notes, "the names of the classes are in no file: using numbers")
-    return Labelled(format, names, read, in_fractions=True, notes=notes)
+    return Labelled("YOLO", names, read, in_fractions=True, notes=notes)
 
 
 def read_labels(path: str, names: Optional[Dict[Label, str]]) -> List[LabelledObject]:
