@@ -240,7 +240,7 @@ LAYOUTS = [
     ),
     (
         *("YOLO, the folder of the images", "images", ["images/a.jpg"], {}),
-        {"labels/a.txt": BOX, "classes.txt": "dog\ncat"},
+        {"images/results.csv": b"\xe9", "labels/a.txt": BOX, "classes.txt": "dog\ncat"},
         {"": A},
     ),
     (
@@ -570,6 +570,11 @@ REFUSED = [
     ),
     (
         *("CSV in Latin-1", "a.csv"),
+        {"a.jpg": "", "a.csv": (CSV_HEADER + "a.jpg,100,80,Käfer,1,2,3,4\n").encode("latin-1")},
+        ["a.csv is not text in UTF-8"],
+    ),
+    (
+        *("CSV in Latin-1, in a folder", ""),
         {"a.jpg": "", "a.csv": (CSV_HEADER + "a.jpg,100,80,Käfer,1,2,3,4\n").encode("latin-1")},
         ["a.csv is not text in UTF-8"],
     ),

@@ -14,7 +14,7 @@ from balanced_d2.data.datasets.yolo import (
     read_yolo,
     read_yolo_folders,
 )
-from balanced_d2.utils.errors import UserError, first_of
+from balanced_d2.utils.errors import UserError, first_of, raise_user_errors
 
 # Own readers: datumaro and supervision read these formats too, but each with a heavy tree of
 # dependencies, and neither says which line of which file is wrong.
@@ -43,9 +43,8 @@ def look(path: str, image_dir: Optional[str] = None) -> Found:
             raise UserError(f"{given} does not exist")
     if image_dir and not os.path.isdir(image_dir):
         raise UserError(f"{image_dir} is not a folder of images")
-    if os.path.isdir(path):
-        return _look_in_folder(path, image_dir)
-    return _read_file(path, image_dir)
+    with raise_user_errors(path):
+        return (_look_in_folder if os.path.isdir(path) else _read_file)(path, image_dir)
 
 
 def _read_file(path: str, image_dir: Optional[str]) -> Found:
@@ -87,8 +86,9 @@ def _look_in_folder(root: str, image_dir: Optional[str]) -> Found:
     configs = [path for path in of(".yaml", ".yml", ".data") if is_yolo_config(path)]
     labelled = [] if configs else list(labels_of(images, root, image_root).values())
     xml_files = [path for path in of(".xml") if is_voc(path)]
-    tables = [path for path in of(".csv", ".tsv") if table_in(path)]
-    contents = {path: json_content(path) for path in of(".json")[:MAX_JSON_FILES]}
+    tables = [path for path in of(".csv", ".tsv") if _is_table(path)]
+    outermost = sorted(of(".json"), key=lambda path: path.count(os.sep))[:MAX_JSON_FILES]
+    contents = {path: json_content(path) for path in outermost}
     coco = {path: c for path, c in contents.items() if isinstance(c, dict) and is_coco(c)}
     found = {
         "YOLO": configs or labelled,
@@ -112,7 +112,16 @@ def _look_in_folder(root: str, image_dir: Optional[str]) -> Found:
         return read_csv(root, tables, images, image_root)
     if coco:
         return find_coco(root, coco, image_dir)
+    for path in of(".csv", ".tsv"):
+        table_in(path)  # says why, if it cannot be read
     raise UserError(f"{root} has no {KNOWN}: {_what_is_there(files, contents)}")
+
+
+def _is_table(path: str) -> bool:
+    try:
+        return table_in(path) is not None
+    except UserError:
+        return False
 
 
 def _innermost(folder: str) -> str:

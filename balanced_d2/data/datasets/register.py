@@ -91,38 +91,30 @@ def register_source(
     Raises:
         UserError: as for :func:`register_from`.
     """
-    if image_dir is not None and path.lower().endswith(".json"):
-        if fraction is None:
-            register_coco(name, path, image_dir)
-            return [name]
-        content = read_coco(name, path)
-        found: Found = {"": CocoFile(path, image_dir, len(content["images"]))}
-    else:
-        try:
-            found = look(path, image_dir)
-        except UserError as error:
-            raise UserError(f"--register {name}: {error}") from error
-    return _register_found(name, path, found, fraction)
+    if fraction is None and image_dir is not None and path.lower().endswith(".json"):
+        register_coco(name, path, image_dir)
+        return [name]
+    try:
+        return _register_found(name, path, look(path, image_dir), fraction)
+    except UserError as error:
+        raise UserError(f"--register {name}: {error}") from error
 
 
 def _register_found(name: str, path: str, found: Found, fraction: Optional[float]) -> List[str]:
     notes: Tuple[str, ...] = ()
     contents: Dict[str, Dict] = {}
     root = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    try:
-        if isinstance(found, Labelled):
-            contents, notes = as_coco(found, root), found.notes
-        if fraction is not None:
-            if len(found.splits if isinstance(found, Labelled) else found) > 1:
-                raise UserError(f"{path} already has a split; leave out --split")
-            if not isinstance(found, Labelled):
-                ((_, file),) = found.items()
-                contents, root = {"": read_coco(name, file.json_file)}, file.image_root
-            ((_, content),) = contents.items()
-            contents, more = split_content(content, fraction)
-            notes += more
-    except UserError as error:
-        raise UserError(f"--register {name}: {error}") from error
+    if isinstance(found, Labelled):
+        contents, notes = as_coco(found, root), found.notes
+    if fraction is not None:
+        if len(found.splits if isinstance(found, Labelled) else found) > 1:
+            raise UserError(f"{path} already has a split; leave out --split")
+        if not isinstance(found, Labelled):
+            (file,) = found.values()
+            contents, root = {"": read_coco(name, file.json_file)}, file.image_root
+        (content,) = contents.values()
+        contents, more = split_content(content, fraction)
+        notes += more
     if isinstance(found, Labelled) or fraction is not None:
         files = {split: CocoFile("", root, len(c["images"])) for split, c in contents.items()}
     else:

@@ -168,9 +168,16 @@ def list_files(folder: str) -> List[str]:
     """All files in a folder and its sub-folders, sorted; hidden ones are left out.
 
     These include what macOS adds to archives. Links to folders are followed once.
+
+    Raises:
+        OSError: if a folder cannot be read.
     """
+
+    def stop(error: OSError) -> None:
+        raise error
+
     files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
