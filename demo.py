@@ -21,6 +21,7 @@ from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of, report_user_errors
 from balanced_d2.utils.files import check_writable, open_replacing, raise_if_unwritable
 from balanced_d2.visualization import as_records
+from balanced_d2.visualization.fonts import use_font_for
 from balanced_d2.visualization.video import VideoReader, create_video
 
 # isort: split
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
     set_threshold(cfg, args.confidence_threshold)
     predictor = build_predictor(cfg, "draw")
+    use_font_for(tuple(predictor.metadata.thing_classes))
 
     num_detections, failed = 0, []
     progress = tqdm(sources, desc="detecting", unit="file", disable=disable_bar(sources))

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from balanced_d2.evaluation.errors import KINDS, Analysis
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure
+from balanced_d2.visualization.fonts import use_font_for
 
 MAX_CLASSES = 20
 MAX_NAME = 24
@@ -29,6 +30,7 @@ def draw_error_chart(analysis: Analysis, title: str) -> Figure:
     """
     classes = [result for result in analysis.classes if result.ap["all"] is not None]
     shown = sorted(classes, key=lambda result: result.ap["all"] or 0)[:MAX_CLASSES]
+    use_font_for(tuple(result.name for result in shown))
     total = analysis.total
 
     rows = [len(shown) + 2.5, len(total.ap) + 2.5]

@@ -9,6 +9,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
+from balanced_d2.visualization.fonts import use_font_for
+
 GAP = 8
 WHITE = (255, 255, 255)
 
@@ -27,6 +29,7 @@ def draw_pair(
     Returns:
         uint8 image (H, 2 * width + 4, 3), RGB; rounding can change the width.
     """
+    use_font_for(tuple(metadata.get("thing_classes", ())))
     image = read_image(record["file_name"], format="RGB")
     scale = width / image.shape[1]
     truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record).get_image()
