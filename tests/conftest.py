@@ -8,6 +8,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import _cached_log_stream, setup_logger
 from iopath.common.file_io import file_lock
 
 import balanced_d2  # noqa: F401  # registration
@@ -177,6 +178,23 @@ def train_net(*arguments, config=TINY_CONFIG, env=None) -> subprocess.CompletedP
     return run_program("train_net.py", "--config-file", config, *arguments, env=env)
 
 
+@contextmanager
+def cleaned_up():
+    """Context manager in which a program may register datasets and set up its log."""
+    registered = set(DatasetCatalog)
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog) - registered:
+            DatasetCatalog.pop(name)
+            MetadataCatalog.pop(name, None)
+        # Loggers keep the streams of the test in which they were set up.
+        setup_logger.cache_clear()
+        _cached_log_stream.cache_clear()
+        for name in ("detectron2", "fvcore", "balanced_d2"):
+            logging.getLogger(name).handlers.clear()
+
+
 @pytest.fixture
 def run_here(capfd, monkeypatch):
     """Like :func:`run_program`, but in this process, which saves the start-up time: for the many
@@ -186,20 +204,12 @@ def run_here(capfd, monkeypatch):
         capfd.readouterr()
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
-        registered = set(DatasetCatalog)
         returncode = 0
         try:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
+            with cleaned_up():
+                runpy.run_path(str(ROOT / program), run_name="__main__")
         except SystemExit as stop:
             returncode = stop.code or 0
-        finally:
-            for name in set(DatasetCatalog) - registered:
-                DatasetCatalog.pop(name)
-                MetadataCatalog.pop(name, None)
-            # Loggers keep the streams of the test in which they were set up.
-            setup_logger.cache_clear()
-            for name in ("detectron2", "fvcore", "balanced_d2"):
-                logging.getLogger(name).handlers.clear()
         return subprocess.CompletedProcess(sys.argv, returncode, *capfd.readouterr())
 
     return run_main

@@ -73,6 +73,8 @@ def check(tmp_path, content, opts=(), **arguments):
     """Do what train_net.py does with a dataset at the start."""
     json_file = tmp_path / "a.json"
     json_file.write_text(content if isinstance(content, str) else json.dumps(content))
+    for image in ("a.jpg", "b.jpg"):
+        (tmp_path / image).touch()
     register_coco(NAME, str(json_file), str(tmp_path))
     names = ["DATASETS.TRAIN", f"('{NAME}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     cfg = load_config("", [*names, *opts])

@@ -112,7 +112,9 @@ def test_images(check, data):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 80)).save(images / "5.jpg", exif=exif)
-    assert check("own")[0] == 0
+    exit_code, out, err = check("own")
+    assert exit_code == 2
+    assert f"1 image file(s) do not exist: {images}/1.jpg; refused" in out
     exit_code, out, err = check("own", "--images")
     assert exit_code == 2
     (line,) = [line for line in out.splitlines() if "image(s) cannot be trained on" in line]

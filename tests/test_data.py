@@ -120,6 +120,7 @@ def test_a_name_is_registered_once(tmp_path, name):
 
 def test_check_of_classes(tmp_path, name):
     register_coco(name, write(tmp_path / "a.json", dataset()), str(tmp_path))
+    (tmp_path / "a.jpg").touch()
     cfg = load_config("", ["DATASETS.TRAIN", f"('{name}',)"])
     with pytest.raises(UserError, match="has 1 classes .thing., but MODEL.ROI_HEADS.NUM_CLASSES"):
         check_datasets(cfg)

@@ -40,7 +40,7 @@ def detect(run_here, demo):
 
 def expected_detections(demo, image, threshold):
     """The model's boxes and scores, without Detectron2's predictor."""
-    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "5"])
     model = build_model(cfg).eval()
     checkpoint = torch.load(demo / "output" / "model_final.pth", weights_only=True)
     model.load_state_dict(checkpoint["model"])

@@ -130,6 +130,7 @@ def train(tmp_path, *more):
         resume=False,
         eval_only=False,
         skip_data_check=False,
+        overwrite=False,
     )
     cfg = setup(args)
     trainer = BalancedTrainer(cfg)

@@ -217,7 +217,8 @@ def test_runner_scales_images_and_keeps_what_is_there(exports, run_here, tmp_pat
     assert (record["height"], record["width"]) == (500, 333)
 
     weights = exports["tracing"][1].args[-1]
-    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(weights)])
+    options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "5"]
+    cfg = load_config(DEMO_CONFIG, [*options, "MODEL.WEIGHTS", str(weights)])
     expected = DefaultPredictor(cfg)(read_image(str(tmp_path / "photo.png"), "BGR"))["instances"]
     assert len(record["detections"]) == len(expected) > 0
     np.testing.assert_allclose(
@@ -346,7 +347,7 @@ def test_threshold(exports, demo, run_here):
 
 def test_verification_finds_a_model_that_is_not_equal(exports, demo, capsys):
     tool = load_tool("export_model")
-    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "5"])
     model = build_model(cfg).eval()
     load_weights(model, str(demo / "output" / "model_final.pth"))
     with torch.no_grad():
@@ -382,10 +383,15 @@ def weights(tmp_path_factory):
         "no such weights": ([], ["MODEL.WEIGHTS", "{weights}/none.pth"], ["there is no file"]),
         "broken weights": ([], ["MODEL.WEIGHTS", "{weights}/broken.pth"], ["cannot load"]),
         "no weights at all": ([], ["MODEL.WEIGHTS", "{weights}/text.pth"], ["cannot load"]),
-        "weights of another shape": (
+        "weights of another number of classes": (
             [],
             ["MODEL.WEIGHTS", "{weights}/model.pth", "MODEL.ROI_HEADS.NUM_CLASSES", "7"],
-            ["box_predictor.cls_score.weight has shape", "and 1 more"],
+            ["MODEL.ROI_HEADS.NUM_CLASSES is 7, but", "model.pth has 80 classes"],
+        ),
+        "weights of another shape": (
+            [],
+            ["MODEL.WEIGHTS", "{weights}/model.pth", "MODEL.ROI_BOX_HEAD.FC_DIM", "8"],
+            ["roi_heads.box_head.fc1.weight has shape", "more"],
         ),
         "weights of less": (
             [],

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
@@ -29,6 +29,7 @@ from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine import build_predictor
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.utils.errors import UserError
+from balanced_d2.visualization.pair import draw_pair
 from balanced_d2.visualization.sampling_plot import draw_sampling, histogram
 from balanced_d2.visualization.training_plot import draw_training
 from balanced_d2.visualization.validation_images import ValidationImages
@@ -63,9 +64,8 @@ def shapes(demo):
 
 @pytest.fixture
 def cfg(opts, shapes):
-    return load_config(
-        DEMO_CONFIG, [*opts, "DATASETS.TRAIN", f"('{shapes}',)", "DATASETS.TEST", "()", "SEED", "3"]
-    )
+    options = ["DATASETS.TRAIN", f"('{shapes}',)", "DATASETS.TEST", "()", "SEED", "3"]
+    return load_config(DEMO_CONFIG, [*opts, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "5"])
 
 
 def iou(a, b):
@@ -346,3 +346,18 @@ def test_weights_and_biases(run_here, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["--config-file", DEMO_CONFIG, "OUTPUT_DIR", tmp_path, "WANDB.ENABLED", "True"]
     assert_user_error(run_here("train_net.py", *arguments), "WANDB.ENABLED", "pip install wandb")
+
+
+def test_class_names_are_drawn_as_they_are(tiny_coco, caplog):
+    """Dollar signs are no formulas; a script that no font has is reported, once."""
+    record = {"file_name": str(tiny_coco.parent / "images" / "1.jpg"), "annotations": []}
+    found = Instances((64, 80), pred_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40]])))
+    found.pred_classes, found.scores = torch.tensor([0]), torch.tensor([0.9])
+    pictures = [
+        draw_pair(record, found, Metadata(thing_classes=[name]))
+        for name in ("$\\frac$", "$x$ and $y$", "\U000f1234")  # the last is of no script
+    ]
+    assert all(picture.std() > 0 for picture in pictures)
+    draw_pair(record, found, Metadata(thing_classes=["\U000f1234"]))
+    (warning,) = (text for text in caplog.messages if "no installed font" in text)
+    assert "class names, such as \U000f1234" in warning

@@ -140,6 +140,12 @@ def test_contact_sheet(trained, tiny_coco, tmp_path, run_here):
     assert_user_error(run_here("tools/contact_sheet.py", other, *arguments), "image 77")
 
 
+def empty(folder):
+    """A file of weights that says nothing of its model."""
+    torch.save({"model": {}}, folder / "empty.weights")
+    return folder / "empty.weights"
+
+
 def broken_json(folder):
     (folder / "images").mkdir()
     path = folder / "broken.json"
@@ -196,7 +202,7 @@ MISTAKES = {
         lambda json_file, tmp: {
             "arguments": [
                 *("--register", "own", json_file, tmp / "gone", "--eval-only"),
-                *("DATASETS.TEST", "('own',)", "OUTPUT_DIR", tmp, "MODEL.WEIGHTS", json_file),
+                *("DATASETS.TEST", "('own',)", "OUTPUT_DIR", tmp, "MODEL.WEIGHTS", empty(tmp)),
             ]
         },
         ["'own'", "gone does not exist"],
@@ -245,11 +251,15 @@ def test_a_mistake_ends_the_program(tiny_coco, tmp_path):
 
 def test_a_refused_run_leaves_an_existing_config_alone(tiny_coco, tmp_path, train_net_here):
     options = ["--register", "kept", tiny_coco, tiny_coco.parent / "images", *TINY_MODEL]
-    options += ["OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('kept',)", "DATASETS.TEST", "()"]
+    output = tmp_path / "output"
+    options += ["OUTPUT_DIR", output, "DATASETS.TRAIN", "('kept',)", "DATASETS.TEST", "()"]
     assert train_net_here(*options).returncode == 0
-    written = (tmp_path / "config.yaml").read_text()
-    assert_user_error(train_net_here(*options, "MODEL.ROI_HEADS.NUM_CLASSES", "7"), "NUM_CLASSES")
-    assert (tmp_path / "config.yaml").read_text() == written
+    written = {path.name: path.read_bytes() for path in output.iterdir()}
+    wrong = ("MODEL.ROI_HEADS.NUM_CLASSES", "7")
+    for how in ("--overwrite", "--resume"):
+        assert_user_error(train_net_here(how, *options, *wrong), "NUM_CLASSES is 7")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == written
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_resume_does_not_need_the_initial_weights(tiny_coco, tmp_path, train_net_here):

@@ -108,6 +108,9 @@ def test_balances_that_0_1_0_set_on_every_model(old_train_net, tmp_path):
     known += ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1"]
     result = old_train_net(*known, "SOLVER.MAX_ITER", "1", config=config)
     assert result.returncode == 0 and idle not in result.stdout, result.stderr
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    del final["config"]  # 0.1.0 did not store it
+    torch.save(final, tmp_path / "model_final.pth")
     result = old_train_net("--resume", config=config)
     assert result.returncode == 0, result.stderr
     assert idle in result.stdout + result.stderr

@@ -13,7 +13,9 @@ from typing import Dict, List, Tuple
 from balanced_d2.data import add_register_argument, check_registered, register_from
 from balanced_d2.data.checks.coco_file import check_coco
 from balanced_d2.data.checks.for_model import check_files, coco_file, load
+from balanced_d2.data.checks.image_files import missing_findings, missing_images
 from balanced_d2.data.checks.records import Finding, Findings, examine
+from balanced_d2.data.classes import check_names
 from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
@@ -52,6 +54,8 @@ def check_dataset(name: str, with_images: bool) -> bool:
         return False
     if with_images:
         findings += image_findings(records)
+    else:
+        findings += missing_findings(missing_images(records))
     for finding in findings:
         print(f"data set {name!r}: {finding}")
     if records:
@@ -85,6 +89,7 @@ def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
     records = load(name)
     if not records:
         raise UserError(f"data set {name!r} has no images")
+    check_names(name, MetadataCatalog.get(name).get("thing_classes", ()))
     records, findings = examine(name, records)
     # The check of a file has already found everything.
     return in_file if json_file else findings, records

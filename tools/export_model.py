@@ -11,7 +11,7 @@ from pathlib import Path
 
 # First, so that importing Detectron2 is quiet.
 import balanced_d2.export as export
-from balanced_d2.checkpoint import load_weights
+from balanced_d2.checkpoint import load_weights, read_contents
 from balanced_d2.config.checks import check_weights
 from balanced_d2.engine import add_model_arguments, config_from
 from balanced_d2.utils.errors import UserError, report_user_errors
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     check_weights(cfg, "export")
     path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
     export.check_writable(path)
-    metadata = export.describe(cfg)
+    metadata = export.describe(cfg, read_contents(cfg.MODEL.WEIGHTS).class_names)
     example, *images = export.sample_images(cfg, args.sample_image)
     model = build_model(cfg).eval()
     export.check_exportable(model, args.format)

@@ -16,8 +16,13 @@ from balanced_d2.analysis.sampling import (
     hard_share,
     sample_negatives,
 )
-from balanced_d2.data.checks.for_model import check_datasets
-from balanced_d2.engine import add_model_arguments, build_predictor, config_from
+from balanced_d2.config.checks import check_weights
+from balanced_d2.engine import (
+    add_model_arguments,
+    build_predictor,
+    config_from,
+    prepare_datasets,
+)
 from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.visualization.figure import place_picture, save_figure
 from balanced_d2.visualization.sampling_plot import draw_sampling, write_histogram
@@ -31,7 +36,8 @@ def main(args: argparse.Namespace) -> None:
     picture = place_picture(args.output, cfg.OUTPUT_DIR, "sampling.png")
     cfg.SEED = max(cfg.SEED, 0)  # the same plot every time
     cfg.DATASETS.TEST = ()
-    check_datasets(cfg)
+    check_weights(cfg, "sample from")
+    prepare_datasets(cfg)
     model = build_predictor(cfg, "sample from").model
     negatives = sample_negatives(cfg, model, args.iterations)
 

@@ -5,9 +5,20 @@ import balanced_d2.utils.requirements  # noqa: F401
 # isort: split
 from balanced_d2.checkpoint.checkpointer import (
     BalancedCheckpointer,
+    Contents,
     check_space,
     load_weights,
+    read_contents,
     start_from,
+    training_in,
 )
 
-__all__ = ["BalancedCheckpointer", "check_space", "load_weights", "start_from"]
+__all__ = [
+    "BalancedCheckpointer",
+    "Contents",
+    "check_space",
+    "load_weights",
+    "read_contents",
+    "start_from",
+    "training_in",
+]

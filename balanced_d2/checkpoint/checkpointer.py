@@ -7,7 +7,7 @@ import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -22,6 +22,9 @@ from balanced_d2.utils.files import check_writable, open_replacing
 
 # A suffix of paths.
 MATCHING_HEURISTICS = "?matching_heuristics=True"
+CONFIG = "config"  # the key of a checkpoint
+# Tensors that older checkpoints have and models no longer do: theirs are those of the config.
+PIXELS = ("pixel_mean", "pixel_std")
 
 # Exceptions from reading a file that is damaged or not a checkpoint.
 READ_ERRORS = (
@@ -42,14 +45,16 @@ class BalancedCheckpointer(DetectionCheckpointer):
 
     - A file is written beside its final name, flushed to disk and then renamed: at any instant,
       each checkpoint is either complete or absent.
-    - Training resumes from the file that ``last_checkpoint`` names, or else from the readable one
-      with the latest iteration. Files that cannot be read are reported.
+    - Training resumes from the file that ``last_checkpoint`` names, or else from the latest one of
+      the same training that can be read. Files that cannot be read are reported.
+    - A file that does not hold exactly the model is refused: nothing stays random.
     - No code in a file is run.
     - ``x.pth?matching_heuristics=True`` matches the names in a local file heuristically, which
       Detectron2 itself supports only on main and only in a single process.
 
     Args: as for Detectron2's ``DetectionCheckpointer``, and:
         class_names: of the model's classes, which are saved with it.
+        config: the training's, as text, which is saved, too.
     """
 
     def __init__(
@@ -58,10 +63,12 @@ class BalancedCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         class_names: Optional[Sequence[str]] = None,
+        config: str = "",
         **kwargs,
     ):
         super().__init__(model, save_dir, **kwargs)
         self.class_names = class_names and list(class_names)
+        self.config = config
         self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
         self._matching_heuristics = False  # True while such a file is loaded
 
@@ -83,6 +90,8 @@ class BalancedCheckpointer(DetectionCheckpointer):
             )
         if self.class_names:
             kwargs.setdefault(finetune.CLASS_NAMES, self.class_names)
+        if self.config:
+            kwargs.setdefault(CONFIG, self.config)
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:  # PyTorch raises the second for a full disk
@@ -109,7 +118,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args, **kwargs):
         """
         Raises:
-            UserError: if the file cannot be read.
+            UserError: if the file cannot be read, or does not hold exactly this model.
         """
         file = path.removesuffix(MATCHING_HEURISTICS) if path and "://" not in path else path
         self._matching_heuristics = file != path
@@ -131,18 +140,67 @@ class BalancedCheckpointer(DetectionCheckpointer):
             loaded["matching_heuristics"] = True
         return loaded
 
+    def _log_incompatible_keys(self, incompatible):
+        reshaped = {key for key, _, _ in incompatible.incorrect_shapes}
+        problems = [
+            *(f"{key} is missing" for key in incompatible.missing_keys if key not in reshaped),
+            *(f"{k} is left over" for k in incompatible.unexpected_keys if k not in PIXELS),
+            *(
+                f"{key} has shape {theirs}, not {ours}"
+                for key, theirs, ours in incompatible.incorrect_shapes
+            ),
+        ]
+        if problems:
+            raise ValueError(
+                "it does not contain the model that the config describes: " + first_of(problems)
+            )
+
+
+class Contents(NamedTuple):
+    """What a checkpoint says of its model, as far as it is known."""
+
+    class_names: Optional[List[str]] = None
+    num_classes: Optional[int] = None
+    config: str = ""
+    """``cfg.dump()`` of the training; "" in checkpoints of others and of older versions."""
+
+
+def read_contents(path: str) -> Contents:
+    """Read what a checkpoint says of its model, before there is one to load it into.
+
+    Args:
+        path: as for ``MODEL.WEIGHTS``.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    reader = BalancedCheckpointer(nn.Module())
+    path = path.removesuffix(MATCHING_HEURISTICS)
+    try:
+        local = reader.path_manager.get_local_path(path)
+        try:
+            content = _mapped(local)
+        except READ_ERRORS:  # of another format, or damaged
+            with numpy_allowed():
+                content = reader._load_file(local)
+        state = content.get("model", content)
+        number = finetune.num_classes(state)
+        names = finetune.class_names_of({**content, "model": state}, number)
+    except READ_ERRORS as error:
+        raise UserError(f"cannot load the checkpoint {path}: {_reason(error)}") from error
+    is_of_them = number is None or names is None or len(names) == number
+    return Contents(names if is_of_them else None, number, content.get(CONFIG, ""))
+
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a checkpoint of exactly this model, not one to start training from.
-
-    Detectron2's checkpointer leaves weights that are missing from the checkpoint as initialised.
 
     Raises:
         UserError: if the checkpoint cannot be read, or if its weights are missing, left over or of
             another shape.
     """
     try:
-        _FittingCheckpointer(model).load(path)
+        BalancedCheckpointer(model).load(path)
     except UserError as error:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
 
@@ -182,23 +240,6 @@ def check_space(folder: str, needed: int) -> None:
             f"OUTPUT_DIR {folder}: a checkpoint takes about {needed / 2**20:,.0f} MiB, but only "
             f"{free / 2**20:,.0f} MiB are free; make room or choose another OUTPUT_DIR"
         )
-
-
-class _FittingCheckpointer(BalancedCheckpointer):
-    def _log_incompatible_keys(self, incompatible):
-        reshaped = {key for key, _, _ in incompatible.incorrect_shapes}
-        problems = [
-            *(f"{key} is missing" for key in incompatible.missing_keys if key not in reshaped),
-            *(f"{key} is left over" for key in incompatible.unexpected_keys),
-            *(
-                f"{key} has shape {theirs}, not {ours}"
-                for key, theirs, ours in incompatible.incorrect_shapes
-            ),
-        ]
-        if problems:
-            raise ValueError(
-                "it does not contain the model that the config describes: " + first_of(problems)
-            )
 
 
 class _StartingCheckpointer(BalancedCheckpointer):
@@ -251,7 +292,7 @@ class _StartingCheckpointer(BalancedCheckpointer):
         left_over = [
             name
             for name in (*incompatible.unexpected_keys, *reshaped, *adapted.dropped)
-            if name not in ("pixel_mean", "pixel_std")  # the model's are those of its config
+            if name not in PIXELS
         ]
         logger = logging.getLogger(__name__)
         logger.info(
@@ -296,43 +337,74 @@ class _AtomicWrites:
         return open_replacing(path, mode, **kwargs)
 
 
-def _newest(folder: str) -> str:
-    """The file that ``last_checkpoint`` names, or else the one with the latest iteration."""
+def training_in(folder: str) -> str:
+    """The name of a checkpoint of the training that a folder holds; "" if it holds none.
+
+    A file that cannot be read may be one.
+    """
+    readable, unreadable, _ = _checkpoints_in(folder)
+    return next(iter([*readable, *unreadable]), "")
+
+
+class _Saved(NamedTuple):
+    iteration: int
+    time: float
+    """When it was written."""
+    seed: Optional[int]
+    """Of the order of its images: the same in all checkpoints of a training."""
+
+
+def _checkpoints_in(folder: str) -> Tuple[Dict[str, _Saved], Dict[str, str], str]:
+    """The checkpoints of trainings, those that cannot be read with the reason, and the name in
+    ``last_checkpoint``."""
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pth"))
         last = Path(folder, "last_checkpoint")
         named = os.path.basename(last.read_text().strip()) if last.is_file() else ""
     except (OSError, UnicodeDecodeError):
-        return ""
-    iterations: Dict[str, Tuple[int, float]] = {}
-    unreadable: List[str] = []
+        return {}, {}, ""
+    readable: Dict[str, _Saved] = {}
+    unreadable: Dict[str, str] = {}
     for name in names:
         path = os.path.join(folder, name)
         try:
-            # Memory-mapped, so that the values of the tensors are not read.
-            with numpy_allowed():
-                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content = _mapped(path)
             if "iteration" in content:  # unlike other weights in the folder
-                iterations[name] = content["iteration"], os.path.getmtime(path)
+                seed = content.get("trainer", {}).get("loader", {}).get("seed")
+                readable[name] = _Saved(content["iteration"], os.path.getmtime(path), seed)
         except READ_ERRORS as error:
-            unreadable.append(f"{path} ({_reason(error)})")
-    if unreadable and not iterations:
+            unreadable[name] = _reason(error)
+    return readable, unreadable, named
+
+
+def _mapped(path: str) -> Dict[str, Any]:
+    """The content of a file, memory-mapped, so that the values of the tensors are not read."""
+    with numpy_allowed():
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _newest(folder: str) -> str:
+    """The file that ``last_checkpoint`` names, or else the latest of the same training."""
+    readable, unreadable, named = _checkpoints_in(folder)
+    problems = [f"{os.path.join(folder, name)} ({why})" for name, why in unreadable.items()]
+    if unreadable and not readable:
         raise UserError(
-            f"--resume: none of the checkpoints in {folder} can be read: {first_of(unreadable)}; "
-            "repair one or move them away, or train without --resume"
+            f"--resume: none of the checkpoints in {folder} can be read: {first_of(problems)}; "
+            "repair one, or begin anew with --overwrite or another OUTPUT_DIR"
         )
-    for problem in unreadable:
-        logging.getLogger(__name__).warning(f"the checkpoint cannot be read: {problem}")
-    if not iterations:
+    logger = logging.getLogger(__name__)
+    for problem in problems:
+        logger.warning(f"the checkpoint cannot be read: {problem}")
+    if not readable:
         return ""
-    if named in iterations:
+    if named in readable:
         return os.path.join(folder, named)
-    newest = max(iterations, key=lambda name: iterations[name])
-    if named:
-        logging.getLogger(__name__).warning(
-            f"last_checkpoint names {named}, which does not exist or cannot be read: resuming from "
-            f"{newest}"
-        )
+    # What was written last is of the latest training, if there were several.
+    seed = max(readable.values(), key=lambda saved: saved.time).seed
+    of_training = {name: saved for name, saved in readable.items() if saved.seed == seed}
+    newest = max(of_training, key=lambda name: of_training[name][:2])
+    what = f"names {named}, which does not exist or cannot be read" if named else "names no file"
+    logger.warning(f"last_checkpoint {what}: resuming from {newest}")
     return os.path.join(folder, newest)
 
 

@@ -1,12 +1,12 @@
 """LazyConfig files: loading with errors that name the key, and the values the trainer reads."""
 
-from typing import ContextManager, Sequence
+from typing import ContextManager, FrozenSet, Sequence
 
 from detectron2.config import CfgNode, LazyConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from balanced_d2.config.yaml_config import load_config
+from balanced_d2.config.yaml_config import flat, load_config, set_by_hand
 from balanced_d2.utils.errors import UserError, raise_user_errors
 
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -75,6 +75,7 @@ def trainer_config(lazy: DictConfig) -> LazyCfgNode:
             "MODEL.WEIGHTS": train.init_checkpoint,
             "DATASETS.TRAIN": _names(loader.train.dataset.names),
             "DATASETS.TEST": _names(loader.test.dataset.names),
+            "DATALOADER.SKIP_BAD_IMAGES": loader.train.get("skip_bad_images", False),
             "INPUT.CROP.ENABLED": "Crop" in str(mapper.get("augmentations")),
             "INPUT.MASK_FORMAT": mapper.get("instance_mask_format", "polygon"),
             "MODEL.MASK_ON": mapper.get("use_instance_mask", False),
@@ -106,6 +107,13 @@ def read_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     if is_lazy(config_file):
         return trainer_config(load_lazy_config(config_file, opts))
     return load_config(config_file, opts)
+
+
+def keys_set_by_hand(config_file: str, opts: Sequence[str] = ()) -> FrozenSet[str]:
+    """The keys whose values somebody has chosen; of a LazyConfig, which has no defaults, all."""
+    if is_lazy(config_file):
+        return frozenset(key for key, _ in flat(load_config("")))
+    return set_by_hand(config_file, opts)
 
 
 def as_read(cfg: CfgNode) -> CfgNode | DictConfig:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import Iterator, Sequence
+from typing import Any, FrozenSet, Iterator, Mapping, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -39,6 +39,22 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
     check_names(cfg)
     complete_pixels(cfg)
     return cfg
+
+
+def set_by_hand(config_file: str, opts: Sequence[str] = ()) -> FrozenSet[str]:
+    """The keys that stand in a YAML file, in its ``_BASE_`` files or in the options, and so have no
+    defaults. For what :func:`load_config` has accepted."""
+    content = CN.load_yaml_with_base(config_file) if config_file else {}
+    return frozenset((*(key for key, _ in flat(content)), *opts[::2]))
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Keys such as ``MODEL.ROI_HEADS.NUM_CLASSES``, with their values."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _explain(error: Exception, cfg: CN) -> str:

@@ -126,12 +126,20 @@ class TrainLoader:
         }
 
     def state_dict(self) -> Dict[str, int]:
-        """The seed, and the number of batches that have been returned."""
-        return {"seed": self.seed, "position": self.position}
+        """The seed, the number of batches that have been returned, and that of the images."""
+        num_images = len(self.samples.records)
+        return {"seed": self.seed, "position": self.position, "num_images": num_images}
 
     def load_state_dict(self, state: Dict[str, int]) -> None:
         """Continue from a state. Call this before taking the first batch."""
         self.seed, self.position = state["seed"], state["position"]
+        num_images = len(self.samples.records)
+        before = state.get("num_images", num_images)
+        if before != num_images:
+            logging.getLogger(__name__).warning(
+                f"the training data had {before} images, and now have {num_images}: from here on "
+                "the images come in another order"
+            )
 
     def last_batch(self) -> List[str]:
         """The image files of the last batch that was returned, for all processes."""

@@ -12,6 +12,7 @@ from balanced_d2.engine.defaults import (
 )
 from balanced_d2.engine.launch import run
 from balanced_d2.engine.predictor import build_predictor
+from balanced_d2.engine.start import prepare_datasets
 from balanced_d2.engine.trainer import BalancedTrainer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "argument_parser",
     "build_predictor",
     "config_from",
+    "prepare_datasets",
     "run",
     "setup",
     "trainer_for",

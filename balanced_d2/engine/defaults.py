@@ -1,34 +1,45 @@
 """Everything before training or evaluation starts: arguments, config, log, device."""
 
 import argparse
-from pathlib import Path
 from typing import Type
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from balanced_d2.config import load_config
-from balanced_d2.config.checks import check_config, check_weights, drop_late_steps
-from balanced_d2.config.lazy import LazyCfgNode, as_read, is_lazy, read_config
-from balanced_d2.data.checks.for_model import check_datasets
+from balanced_d2.config.checks import check_weights, drop_late_steps
+from balanced_d2.config.lazy import (
+    LazyCfgNode,
+    as_read,
+    is_lazy,
+    keys_set_by_hand,
+    read_config,
+)
+from balanced_d2.data.adapted import adapt
+from balanced_d2.data.classes import set_num_classes
 from balanced_d2.data.datasets.register import add_register_argument, register_from
 from balanced_d2.engine.launch import in_main_process
 from balanced_d2.engine.lazy import LazyTrainer
+from balanced_d2.engine.log import early_log, start_log
+from balanced_d2.engine.output_folder import move_aside
 from balanced_d2.engine.speed import use_available_device
+from balanced_d2.engine.start import check_start, contents_of, take_num_classes
 from balanced_d2.engine.trainer import BalancedTrainer
-from balanced_d2.evaluation.evaluators import check_packages
 from balanced_d2.utils.errors import UserError
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, ``--register`` and ``--skip-data-check``."""
+    """Detectron2's arguments, ``--register``, ``--skip-data-check`` and ``--overwrite``."""
     parser = default_argument_parser()
     parser.add_argument(
         "--skip-data-check",
         action="store_true",
-        help="do not check the annotations or compare the classes with the model's",
+        help="do not check the annotations and files or compare the classes with the model's",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin again in an OUTPUT_DIR that holds a training, which is moved aside",
     )
     add_register_argument(parser)
     return parser
@@ -44,7 +55,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> CfgNode:
-    """Register the user's datasets and load the config, for programs that do not train.
+    """Register the user's datasets and load the config, for programs that do not train. Its number
+    of classes is that of its weights.
 
     Args:
         args: parsed with :func:`add_model_arguments`.
@@ -58,14 +70,19 @@ def config_from(args: argparse.Namespace) -> CfgNode:
             "program needs a YAML config"
         )
     register_from(args)
-    return load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts)
+    check_weights(cfg)
+    weights = contents_of(cfg.MODEL.WEIGHTS)
+    take_num_classes(cfg, weights, keys_set_by_hand(args.config_file, args.opts), cfg.MODEL.WEIGHTS)
+    return cfg
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Register the user's datasets, load the config, start the log and check config and data.
+    """Register the user's datasets, load the config, complete it, check everything, and only then
+    write to ``OUTPUT_DIR``: the config and the log.
 
-    Call this in every process, because datasets are registered per process. The data are checked
-    in one process for all.
+    Call this in every process, because datasets are registered per process. What is read from files
+    is read and checked in one process for all.
 
     Args:
         args: parsed by :func:`argument_parser`.
@@ -74,34 +91,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
         The config, frozen; for a LazyConfig, a :class:`LazyCfgNode`.
 
     Raises:
-        UserError: on anything in the arguments, the config or the data that the user can fix.
+        UserError: on anything in the arguments, the config, the weights or the data that the user
+            can fix.
     """
+    if args.overwrite and (args.resume or args.eval_only):
+        other = "--resume" if args.resume else "--eval-only"
+        raise UserError(f"--overwrite begins a training again, {other} does not: leave one out")
     register_from(args)
     cfg = read_config(args.config_file, args.opts)
-    if args.eval_only and not args.resume and not cfg.MODEL.WEIGHTS:
-        raise UserError(
-            "nothing to evaluate: set MODEL.WEIGHTS (train.init_checkpoint in a .py config) to a "
-            "checkpoint, or add --resume for the last one in OUTPUT_DIR"
-        )
-    resuming = args.resume and any(Path(cfg.OUTPUT_DIR).glob("*.pth"))
-    if not resuming:
-        check_weights(cfg)
-    try:
-        # The same loggers that default_setup will get.
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_d2")
-    except OSError as error:
-        raise UserError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
-    use_available_device(cfg)
-    if not args.eval_only:
-        drop_late_steps(cfg)
-    cfg.freeze()
-    check_config(cfg, train=not args.eval_only, resume=resuming)
-    in_main_process(
-        check_datasets, cfg, train=not args.eval_only, annotations=not args.skip_data_check
-    )
-    check_packages(cfg.DATASETS.TEST)
-    default_setup(as_read(cfg), args)  # last, because it replaces an existing config.yaml
+    with early_log() as records:
+        use_available_device(cfg)
+        if not args.eval_only:
+            drop_late_steps(cfg)
+        start = in_main_process(check_start, cfg, args)
+        set_num_classes(cfg, start.num_classes)
+        cfg.SEED = start.seed
+        cfg.freeze()
+        for name, change in start.data.changes.items():
+            adapt(name, change, start.data.classes or ())
+        if args.overwrite:
+            in_main_process(move_aside, cfg.OUTPUT_DIR)
+    start_log(cfg.OUTPUT_DIR, records)
+    default_setup(as_read(cfg), args)
     return cfg
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from typing import Callable
+from typing import Callable, TypeVar
 
 import torch
 from detectron2.engine import launch
@@ -15,14 +15,16 @@ from balanced_d2.utils.compat import create_local_process_group
 from balanced_d2.utils.errors import UserError, report_user_errors
 
 Main = Callable[[argparse.Namespace], object]
+Result = TypeVar("Result")
 
 
 def run(main: Main, args: argparse.Namespace) -> int:
     """Run ``main(args)`` and report its user errors.
 
     Under ``torchrun``, it runs in each process that was started, on GPUs if there are any and on
-    CPUs otherwise; if ``torchrun`` restarts them after a failure, ``args.resume`` is set. Without
-    ``torchrun``, Detectron2's launcher starts ``args.num_gpus`` processes.
+    CPUs otherwise; if ``torchrun`` restarts them after a failure, ``args.resume`` is set and
+    ``args.overwrite`` is not. Without ``torchrun``, Detectron2's launcher starts
+    ``args.num_gpus`` processes.
 
     Args:
         main: called in each process.
@@ -36,17 +38,19 @@ def run(main: Main, args: argparse.Namespace) -> int:
     return report_user_errors(_launch, main, args)
 
 
-def in_main_process(function: Callable, *args, **kwargs) -> None:
-    """Call a function in one process. If it raises :class:`UserError`, all processes raise it."""
-    failure = None
+def in_main_process(function: Callable[..., Result], *args, **kwargs) -> Result:
+    """Call a function in one process; all processes return its result, or raise its
+    :class:`UserError`."""
+    result, failure = None, None
     if comm.is_main_process():
         try:
-            function(*args, **kwargs)
+            result = function(*args, **kwargs)
         except UserError as error:
             failure = error
-    failure = comm.all_gather(failure)[0]
+    result, failure = comm.all_gather((result, failure))[0]
     if failure is not None:
         raise failure
+    return result
 
 
 def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
@@ -70,7 +74,7 @@ def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
     try:
         create_local_process_group(num_local)
         if num_restarts > 0:
-            args.resume = True
+            args.resume, args.overwrite = True, False
         main(args)
     finally:
         distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """The trainer of a LazyConfig."""
 
 import copy
+import os
 
 from detectron2.config import instantiate
 from detectron2.engine import hooks
@@ -50,7 +51,10 @@ class LazyTrainer(BalancedTrainer):
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         if "evaluator" not in cfg.lazy.dataloader:
             return super().build_evaluator(cfg, dataset_name, output_folder)
-        evaluator = instantiate(_with_test_set(cfg, dataset_name).dataloader.evaluator)
+        evaluator = _with_test_set(cfg, dataset_name).dataloader.evaluator
+        if len(cfg.DATASETS.TEST) > 1 and evaluator.get("output_dir"):
+            evaluator.output_dir = os.path.join(evaluator.output_dir, dataset_name)
+        evaluator = instantiate(evaluator)
         return with_validation_images(cfg, dataset_name, evaluator)
 
     def build_hooks(self):

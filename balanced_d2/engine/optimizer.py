@@ -1,12 +1,17 @@
 """The optimizer that ``SOLVER.OPTIMIZER`` names."""
 
-from typing import Any, Dict, List
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from detectron2 import solver
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from balanced_d2.utils.errors import UserError
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -45,3 +50,42 @@ def _split(
                 lr, weight_decay = multiplier * group["lr"], group["weight_decay"]
                 split.append({"params": params, "lr": lr, "weight_decay": weight_decay})
     return split
+
+
+@contextmanager
+def settings_kept(
+    optimizer: torch.optim.Optimizer, scheduler: Optional[LRScheduler]
+) -> Iterator[None]:
+    """Context manager in which an optimizer's state is loaded, but not its settings: learning rate,
+    momentum, weight decay and so on stay those that it was built with.
+
+    Without other settings, the learning rate is bitwise that of the state.
+
+    Args:
+        scheduler: of its learning rate, whose own state has been loaded.
+
+    Raises:
+        UserError: if the state is of other groups of parameters.
+    """
+    built = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(
+            "the state of the optimizer is of another one, or of other groups of parameters "
+            f"({error}): leave SOLVER.OPTIMIZER and the keys of weight decay as they were"
+        ) from error
+    first_rates = []
+    for group, settings in zip(optimizer.param_groups, built):
+        rate, first_rate = group["lr"], group.get("initial_lr", group["lr"])
+        group.update(settings)
+        first_rates.append(group.get("initial_lr", group["lr"]))
+        # As far along the schedule as before, which may have begun at another rate.
+        changed = first_rates[-1] != first_rate
+        group["lr"] = rate * first_rates[-1] / first_rate if changed and first_rate else rate
+    if scheduler is None:
+        return
+    scheduler.base_lrs = first_rates
+    if isinstance(scheduler, LRMultiplier):  # the schedule itself may have changed
+        for group, rate in zip(optimizer.param_groups, scheduler.get_lr()):
+            group["lr"] = rate

@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 
-from balanced_d2.checkpoint import load_weights
+from balanced_d2.checkpoint import load_weights, read_contents
 from balanced_d2.config.checks import check_weights
 from balanced_d2.data.classes import model_metadata
 from balanced_d2.engine.speed import speed_up, use_available_device
@@ -12,7 +12,7 @@ from balanced_d2.engine.speed import speed_up, use_available_device
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     """Detectron2's predictor, with all weights of its model loaded from ``MODEL.WEIGHTS``.
 
-    Its ``metadata`` has the names of the classes.
+    Its ``metadata`` has the names of the classes: those in the weights, if they say them.
 
     Args:
         cfg: set to the CPU if there is no CUDA.
@@ -23,7 +23,7 @@ def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     """
     check_weights(cfg, purpose)
     use_available_device(cfg)
-    metadata = model_metadata(cfg)
+    metadata = model_metadata(cfg, read_contents(cfg.MODEL.WEIGHTS).class_names)
     untrained = cfg.clone()
     untrained.MODEL.WEIGHTS = ""  # Detectron2 would leave missing weights random
     for backbone in (untrained.MODEL.TIMM, untrained.MODEL.TORCHVISION):

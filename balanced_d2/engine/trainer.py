@@ -20,7 +20,7 @@ from balanced_d2.checkpoint import BalancedCheckpointer, check_space, start_from
 from balanced_d2.data.classes import training_classes
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
-from balanced_d2.engine.optimizer import build_optimizer
+from balanced_d2.engine.optimizer import build_optimizer, settings_kept
 from balanced_d2.engine.speed import autocast, speed_up
 from balanced_d2.engine.wandb import start_wandb
 from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
@@ -68,6 +68,7 @@ class BalancedTrainer(DefaultTrainer):
             self._trainer.model,
             self.cfg.OUTPUT_DIR,
             class_names=training_classes(self.cfg),
+            config=self.cfg.dump(),
             trainer=weakref.proxy(self),
         )
         built = [
@@ -107,9 +108,10 @@ class BalancedTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         """
         Args:
-            output_folder: by default ``inference`` in ``OUTPUT_DIR``.
+            output_folder: by default ``inference`` in ``OUTPUT_DIR``, or a folder in that for each
+                of several test sets.
         """
-        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        folder = output_folder or results_folder(cfg, "inference", dataset_name)
         evaluator = build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
         return evaluator if output_folder else with_validation_images(cfg, dataset_name, evaluator)
 
@@ -126,8 +128,10 @@ class BalancedTrainer(DefaultTrainer):
             The results of ``test``, with ``_TTA`` appended to each name.
         """
         logging.getLogger(__name__).info("evaluating with test-time augmentation")
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        evaluators = [
+            cls.build_evaluator(cfg, name, results_folder(cfg, "inference_TTA", name))
+            for name in cfg.DATASETS.TEST
+        ]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
 
@@ -216,7 +220,8 @@ class BalancedTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1  # checkpoints are saved at the end of an iteration
         logger = logging.getLogger(__name__)
         if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
+            with settings_kept(self._trainer.optimizer, getattr(self, "scheduler", None)):
+                self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning(
                 "the checkpoint has no optimizer state (Detectron2 0.6's own trainer saves none): "
@@ -232,6 +237,13 @@ class BalancedTrainer(DefaultTrainer):
                 "the checkpoint does not contain the position in the data: the images start again "
                 "in a new order"
             )
+
+
+def results_folder(cfg: CfgNode, what: str, dataset_name: str) -> str:
+    """The folder for the results on a test set: a part of ``OUTPUT_DIR``, which several share in
+    folders of their own."""
+    several = len(cfg.DATASETS.TEST) > 1
+    return os.path.join(cfg.OUTPUT_DIR, what, *([dataset_name] if several else []))
 
 
 def with_validation_images(

@@ -21,9 +21,34 @@ from balanced_d2.utils.errors import UserError, check_package
 
 
 class _COCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, with an AP of 0 instead of NaN if nothing was detected."""
+    """Detectron2's evaluator, for datasets that have some of the model's classes, in any order, and
+    without the images that were left out. If nothing was detected, AP is 0 instead of NaN."""
+
+    def _eval_predictions(self, predictions, img_ids=None):
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        in_file = self._coco_api.cats
+        of_others = {number for category, number in ids.items() if category not in in_file}
+        if of_others:
+            predictions = [
+                {
+                    **prediction,
+                    "instances": [
+                        instance
+                        for instance in prediction["instances"]
+                        if instance["category_id"] not in of_others
+                    ],
+                }
+                for prediction in predictions
+            ]
+        if img_ids is None and self._metadata.get("images_left_out"):
+            img_ids = [prediction["image_id"] for prediction in predictions]
+        super()._eval_predictions(predictions, img_ids)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        # Detectron2 takes the names in the order of the file's ids.
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        if coco_eval is not None and class_names and ids.keys() >= set(coco_eval.params.catIds):
+            class_names = [class_names[ids[category]] for category in coco_eval.params.catIds]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         return results if coco_eval is not None else _zeros(results, iou_type, self._logger)
 

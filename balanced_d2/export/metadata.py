@@ -1,5 +1,7 @@
 """What an exported file says of itself, so that a program without the config can use it."""
 
+from typing import Optional, Sequence
+
 import detectron2
 import torch
 from detectron2.config import CfgNode
@@ -14,8 +16,11 @@ METADATA_FILE = "balanced_d2.json"
 INPUT_FORMATS = ("BGR", "RGB")
 
 
-def describe(cfg: CfgNode) -> dict:
+def describe(cfg: CfgNode, class_names: Optional[Sequence[str]] = None) -> dict:
     """The preprocessing, the class names and the outputs of a config's model.
+
+    Args:
+        class_names: in the order of the model, if the weights say them; otherwise of the data.
 
     Returns:
         A dict for JSON: ``outputs``, their names in order; ``class_names``; ``input_format``,
@@ -25,7 +30,7 @@ def describe(cfg: CfgNode) -> dict:
 
     Raises:
         UserError: if an exported model cannot have this ``INPUT.FORMAT`` or
-            ``MODEL.META_ARCHITECTURE``, or the number of classes is not the data set's.
+            ``MODEL.META_ARCHITECTURE``, or the classes are not the data set's.
     """
     key, num_classes = num_classes_key(cfg)
     if num_classes is None:
@@ -42,7 +47,7 @@ def describe(cfg: CfgNode) -> dict:
             masks=has_roi_heads and cfg.MODEL.MASK_ON,
             keypoints=has_roi_heads and cfg.MODEL.KEYPOINT_ON,
         ),
-        "class_names": list(model_metadata(cfg).thing_classes),
+        "class_names": list(model_metadata(cfg, class_names).thing_classes),
         "input_format": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,

@@ -15,9 +15,14 @@ from typing import Callable, Dict, List, NamedTuple, Sequence
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.sampling import check_samples_proposals
-from balanced_d2.data.checks.for_model import check_datasets
+from balanced_d2.config.checks import check_weights
 from balanced_d2.data.loader import TrainLoader
-from balanced_d2.engine import add_model_arguments, build_predictor, config_from
+from balanced_d2.engine import (
+    add_model_arguments,
+    build_predictor,
+    config_from,
+    prepare_datasets,
+)
 from balanced_d2.layers.balanced_l1 import balanced_l1_loss
 from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.utils.randomness import seed_all
@@ -62,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     check_samples_proposals(cfg)
     cfg.SEED = max(cfg.SEED, 0)  # the same figures every time
     cfg.DATASETS.TEST = ()
-    check_datasets(cfg)
+    check_weights(cfg, "measure")
+    prepare_datasets(cfg)
     measured = measure(cfg, build_predictor(cfg, "measure").model, args.iterations)
     for table in (
         norm_table(measured),

@@ -138,9 +138,12 @@ def options(study: Study, run: Run) -> List[str]:
     """The options of a run, except for its weights."""
     opts = ["SEED", str(run.seed), "OUTPUT_DIR", run.folder(study.output)]
     opts += ["SOLVER.CHECKPOINT_PERIOD", "100"]
+    # By hand, because the initial weights are written without data.
+    number = len(CLASSES) if run.data in SHAPES else 3
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(number)]
     if run.data in SHAPES:
         opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
-        opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), "SOLVER.MAX_ITER", "280"]
+        opts += ["SOLVER.MAX_ITER", "280"]
         opts += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", "128"]
     return [*opts, *ALL_ROWS[run.row], *study.opts]
 

@@ -1,31 +1,72 @@
 """Checks of a config's datasets before anything is built."""
 
 import os
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import (
+    Collection,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from balanced_d2.data.adapted import Change
 from balanced_d2.data.checks.coco_file import check_coco
+from balanced_d2.data.checks.image_files import missing_findings, missing_images
 from balanced_d2.data.checks.records import Finding, Findings, clean, label_of, report
-from balanced_d2.data.classes import check_classes
+from balanced_d2.data.classes import (
+    check_known,
+    check_names,
+    check_num_classes,
+    join_classes,
+    num_classes_key,
+    numbers_in,
+    some,
+)
 from balanced_d2.data.datasets.coco import annotation_errors_in
 from balanced_d2.data.train_samplers import SAMPLERS
 from balanced_d2.utils.errors import UserError, check_choice
 from balanced_d2.utils.progress import WithBar
 
+# Types of evaluators that number the classes themselves.
+IN_ORDER = ("cityscapes_instance", "coco_panoptic_seg", "lvis", "pascal_voc")
 
-def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -> None:
+
+class CheckedData(NamedTuple):
+    """What a config's datasets are for its model."""
+
+    classes: Optional[List[str]]
+    """The names of the model's classes, in its order; None if the data do not say them."""
+    changes: Dict[str, Change]
+    """The datasets to :func:`~balanced_d2.data.adapted.adapt`."""
+
+
+def check_datasets(
+    cfg: CfgNode,
+    train: bool = True,
+    annotations: bool = True,
+    known: Optional[Sequence[str]] = None,
+    number_follows: bool = False,
+) -> CheckedData:
     """Check that all datasets of a config can be loaded and match the model.
 
     Every dataset is loaded once, so that a broken test set is reported before training and not
     after it. Boxes that :func:`balanced_d2.data.checks.records.clean` drops or clips cause a
-    warning.
+    warning, and so do images without a file if ``DATALOADER.SKIP_BAD_IMAGES`` leaves them out.
 
     Args:
         train: whether ``DATASETS.TRAIN`` will be used.
-        annotations: whether to check the annotations and compare the classes with the model's.
-            If not, the datasets still have to exist and to load.
+        annotations: whether to check the annotations and the images' files and to compare the
+            classes with the model's. If not, the datasets still have to exist and to load.
+        known: the names of the classes of the weights that are evaluated or resumed, if these say
+            them.
+        number_follows: whether the model's number of classes is not set, but that of the data.
 
     Raises:
         UserError: naming the dataset and everything that is wrong with it.
@@ -39,6 +80,8 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on")
     usable = 0
     names = list(dict.fromkeys((*trained, *evaluated)))
+    classes: Dict[str, List[str]] = {}
+    missing: Dict[str, Dict[str, str]] = {}
     for name in names:
         check_registered(name)
     for name in WithBar(names, desc="checking data", unit="dataset"):
@@ -51,10 +94,19 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         records = load(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")
+        of_this = MetadataCatalog.get(name).get("thing_classes")
+        if of_this is not None:
+            classes[name] = [str(each) for each in of_this]
         if annotations:
-            check_classes(name, cfg)
+            check_names(name, classes.get(name, []))
+            missing[name] = missing_images(records)
+            findings = list(missing_findings(missing[name]))
+            if missing[name] and cfg.DATALOADER.SKIP_BAD_IMAGES:
+                _check_left_out(name, missing[name], len(records), name in evaluated)
+                records = [r for r in records if r.get("file_name") not in missing[name]]
+                findings = []
             records = clean(name, records)
-            report(name, model_findings(cfg, name, records, name in trained))
+            report(name, [*findings, *model_findings(cfg, name, records, name in trained)])
             if name in trained:
                 usable += sum(1 for _ in _usable(records))
                 usable += sum("sem_seg_file_name" in record for record in records)
@@ -62,6 +114,91 @@ def check_datasets(cfg: CfgNode, train: bool = True, annotations: bool = True) -
         raise UserError(
             f"DATASETS.TRAIN ({', '.join(trained)}): there are no usable annotations to train on"
         )
+    model = _model_classes(trained, evaluated, classes, known)
+    if not number_follows and model is not None:
+        if annotations and known is None:
+            check_num_classes(cfg, model, _whose(trained or evaluated[:1]))
+        if num_classes_key(cfg)[1] != len(model):  # as with a mapper that changes them
+            model = None
+    return CheckedData(model, _changes(classes, missing, model, evaluated, annotations))
+
+
+def _model_classes(
+    trained: Sequence[str],
+    evaluated: Sequence[str],
+    classes: Mapping[str, Sequence[str]],
+    known: Optional[Sequence[str]],
+) -> Optional[List[str]]:
+    """The names of the model's classes: those of its weights, or else those of its data."""
+    if any(name not in classes for name in trained):
+        return None if known is None else list(known)
+    joined = join_classes({name: classes[name] for name in trained})
+    if known is None:
+        of_test = next((list(classes[name]) for name in evaluated if name in classes), None)
+        return joined if trained else of_test
+    if trained:
+        numbers = numbers_in(known, ", ".join(trained), joined)
+        new = [name for name, number in zip(joined, numbers) if number is None]
+        gone = [name for number, name in enumerate(known) if number not in numbers]
+        if new or gone:
+            raise UserError(
+                f"DATASETS.TRAIN ({', '.join(trained)}) has other classes than the weights (new: "
+                f"{some(new) or 'none'}; gone: {some(gone) or 'none'}); a training of these "
+                "classes can begin with them: MODEL.WEIGHTS, another OUTPUT_DIR, no --resume"
+            )
+    return list(known)
+
+
+def _whose(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"data set {names[0]!r} has"
+    return f"the data sets {', '.join(map(repr, names))} together have"
+
+
+def _changes(
+    classes: Mapping[str, Sequence[str]],
+    missing: Mapping[str, Collection[str]],
+    model: Optional[Sequence[str]],
+    evaluated: Sequence[str],
+    annotations: bool,
+) -> Dict[str, Change]:
+    changes: Dict[str, Change] = {}
+    for name in {**classes, **missing}:
+        numbers: Optional[List[int]] = None
+        if model is not None and name in classes:
+            found = numbers_in(model, name, classes[name])
+            if annotations or None not in found:
+                numbers = check_known(name, classes[name], model)
+            if numbers == list(range(len(model))):
+                numbers = None
+        if numbers is not None and name in evaluated:
+            _check_reorderable(name, classes[name], model or [])
+        if numbers is not None or missing.get(name):
+            changes[name] = Change(numbers, frozenset(missing.get(name, ())))
+    return changes
+
+
+def _check_reorderable(name: str, classes: Sequence[str], model: Sequence[str]) -> None:
+    evaluator_type = MetadataCatalog.get(name).get("evaluator_type")
+    if evaluator_type in IN_ORDER:
+        raise UserError(
+            f"data set {name!r} has the classes {some(classes)}, but the model {some(model)}: the "
+            f"evaluation of {evaluator_type} needs the same ones in the same order"
+        )
+
+
+def _check_left_out(name: str, missing: Mapping[str, str], num_images: int, tested: bool) -> None:
+    """Warn about images that are left out; refuse it if all are, or if they would count as images
+    without a detection."""
+    if len(missing) == num_images:
+        raise UserError(
+            f"data set {name!r}: none of its {num_images} images has a file, such as "
+            f"{next(iter(missing.values()))}; check the folder and the names"
+        )
+    if tested and MetadataCatalog.get(name).get("evaluator_type") != "coco":
+        report(name, missing_findings(missing))
+    finding = Finding("left out", "image(s) without a file", list(missing.values()))
+    report(name, [finding])
 
 
 def _names(cfg: CfgNode, key: str) -> Tuple[str, ...]:

@@ -1,0 +1,165 @@
+"""What weights, data and a resumed training add to a config, and all checks of them together."""
+
+import argparse
+import logging
+from typing import Collection, NamedTuple, Optional
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from torch import nn
+
+from balanced_d2.checkpoint import BalancedCheckpointer, Contents, read_contents
+from balanced_d2.config.checks import check_config, check_weights
+from balanced_d2.config.lazy import keys_set_by_hand
+from balanced_d2.config.resume import as_text, changes, seed_of
+from balanced_d2.data.adapted import adapt
+from balanced_d2.data.checks.for_model import CheckedData, check_datasets
+from balanced_d2.data.classes import NO_NAMES, num_classes_key, set_num_classes, some
+from balanced_d2.engine.output_folder import check_movable, check_unused
+from balanced_d2.evaluation.evaluators import check_packages
+from balanced_d2.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """What the checks add to a config."""
+
+    num_classes: Optional[int]
+    seed: int
+    data: CheckedData
+
+
+def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
+    """Complete and check a config, and all that it names.
+
+    Args:
+        cfg: changed as the result says.
+        args: parsed by :func:`~balanced_d2.engine.defaults.argument_parser`.
+
+    Raises:
+        UserError: on anything in them that the user can fix.
+    """
+    folder = BalancedCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
+    resumed = folder.get_checkpoint_file() if args.resume else ""
+    if args.eval_only and not resumed and not cfg.MODEL.WEIGHTS:
+        raise UserError(
+            "nothing to evaluate: set MODEL.WEIGHTS (train.init_checkpoint in a .py config) to a "
+            "checkpoint, or add --resume for the last one in OUTPUT_DIR"
+        )
+    if not resumed:
+        check_weights(cfg)
+    weights = contents_of(resumed or cfg.MODEL.WEIGHTS)
+    is_new = not resumed and not args.eval_only
+    if is_new and not args.overwrite:
+        check_unused(cfg.OUTPUT_DIR)
+    if is_new:
+        registered = [path for _, *paths in args.register for path in paths]
+        check_movable(cfg.OUTPUT_DIR, [args.config_file, cfg.MODEL.WEIGHTS, *registered])
+        weights = Contents()  # which it only begins with
+    elif weights.class_names is None and weights.num_classes is not None:
+        logger.warning(f"{resumed or cfg.MODEL.WEIGHTS}: {NO_NAMES}")
+    by_hand = keys_set_by_hand(args.config_file, args.opts)
+    follows = take_num_classes(cfg, weights, by_hand, resumed or cfg.MODEL.WEIGHTS)
+    if resumed and not args.eval_only:
+        continue_with(cfg, weights.config, resumed)
+    check_config(cfg, train=not args.eval_only, resume=bool(resumed))
+    data = check_datasets(
+        cfg,
+        train=not args.eval_only,
+        annotations=not args.skip_data_check,
+        known=weights.class_names,
+        number_follows=follows,
+    )
+    check_packages(cfg.DATASETS.TEST)
+    if follows and data.classes is not None:
+        set_num_classes(cfg, len(data.classes))
+    return Start(num_classes_key(cfg)[1], cfg.SEED, data)
+
+
+def contents_of(weights: str) -> Contents:
+    """What the file of ``MODEL.WEIGHTS`` says of its model; nothing for ``""``.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    if not weights:
+        return Contents()
+    try:
+        return read_contents(weights)
+    except UserError as error:
+        raise UserError(f"MODEL.WEIGHTS: {error}") from error
+
+
+def take_num_classes(
+    cfg: CfgNode, weights: Contents, by_hand: Collection[str], source: str
+) -> bool:
+    """Set the model's number of classes to that of its weights.
+
+    Args:
+        weights: what they say.
+        by_hand: the keys that are set by hand.
+        source: their file, for the message.
+
+    Returns:
+        Whether the number still has to follow from the data.
+
+    Raises:
+        UserError: if another one is set by hand.
+    """
+    key, number = num_classes_key(cfg)
+    if number is None or weights.num_classes is None:
+        return number is not None and key not in by_hand
+    if key in by_hand and number != weights.num_classes:
+        names = f" ({some(weights.class_names)})" if weights.class_names else ""
+        raise UserError(
+            f"{key} is {number}, but {source} has {weights.num_classes} classes{names}: leave it "
+            "out; only a training of another number can begin with them (MODEL.WEIGHTS)"
+        )
+    set_num_classes(cfg, weights.num_classes)
+    return False
+
+
+def continue_with(cfg: CfgNode, before: str, checkpoint: str) -> None:
+    """Report what a resumed training does differently from now on, and refuse what cannot change.
+
+    Args:
+        cfg: its ``SEED`` becomes that of the training.
+        before: the config of the training; "" if it is not known.
+        checkpoint: where it goes on.
+
+    Raises:
+        UserError: naming the keys that cannot change, and how to begin again from the weights.
+    """
+    if not before:
+        logger.warning(
+            f"{checkpoint} does not say the config of its training (older versions did not write "
+            "it): a config that differs is not noticed"
+        )
+        return
+    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())  # as it was saved
+    applied, refused = changes(before, scaled)
+    if refused:
+        raise UserError(
+            f"--resume: the training in {cfg.OUTPUT_DIR} cannot go on with {as_text(refused)}; "
+            "leave them as they were, or begin again from its weights: MODEL.WEIGHTS "
+            f"{checkpoint} and another OUTPUT_DIR, without --resume"
+        )
+    if applied:
+        logger.warning(f"--resume: from now on {as_text(applied)}")
+    if seed_of(before) != cfg.SEED:
+        logger.warning(f"--resume: SEED stays {seed_of(before)}, which the order of images follows")
+        cfg.SEED = seed_of(before)
+
+
+def prepare_datasets(cfg: CfgNode) -> None:
+    """Check ``DATASETS`` and give them the classes of ``MODEL.WEIGHTS``, for programs that do not
+    train.
+
+    Raises:
+        UserError: as :func:`check_datasets` does.
+    """
+    data = check_datasets(cfg, known=contents_of(cfg.MODEL.WEIGHTS).class_names)
+    for name, change in data.changes.items():
+        adapt(name, change, data.classes or ())
