@@ -18,6 +18,7 @@ from balanced_d2.evaluation.errors import KINDS, Breakdown, analyze_errors
 from balanced_d2.evaluation.matching import match
 from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.visualization.error_chart import draw_error_chart
+from balanced_d2.visualization.score_chart import draw_score_chart
 
 from .conftest import load_tool
 
@@ -385,6 +386,62 @@ def test_chart_shows_the_worst_of_many_classes(tmp_path):
     png(draw_error_chart(analyze_errors(scene(truth[23:], names, 24), []), "a"), tmp_path / "b.png")
 
 
+def ten_scores(predictions):
+    """The predictions with scores of which many are equal."""
+    return [{**p, "score": math.ceil(10 * p["score"]) / 10} for p in predictions]
+
+
+@pytest.mark.parametrize("change", [list, ten_scores])
+@pytest.mark.parametrize("seed", range(5))
+def test_thresholds(seed, change):
+    """Precision, recall and F1 of every threshold, by evaluating what it keeps alone."""
+    annotations, predictions = random_scene(seed)
+    predictions = change(predictions)
+    *classes, total = analyze_errors(annotations, predictions).curves
+    assert [curve.name for curve in classes] == [c["name"] for c in annotations["categories"]]
+    best = {}
+    for threshold in sorted({p["score"] for p in predictions}):
+        kept = match(annotations, [p for p in predictions if p["score"] >= threshold])
+        for k, curve in enumerate((*classes, total)):
+            counted = range(len(classes)) if curve is total else [k]
+            chosen = [i for i, number in enumerate(kept.class_of) if number in counted]
+            truth = sum(number in counted for number in kept.truth_classes)
+            found = sum(kept.matched[i] >= 0 for i in chosen)
+            assert curve.num_truth == truth
+            f1 = 2 * found / max(len(chosen) + truth, 1)
+            if f1 and f1 >= best.get(curve.name, (0, 0))[0] - 1e-12:  # the highest of equal ones
+                best[curve.name] = (f1, threshold)
+            above = [j for j, score in enumerate(curve.scores) if score >= threshold]
+            if above:
+                assert curve.precision[above[-1]] == pytest.approx(found / len(chosen))
+                assert curve.recall[above[-1]] == pytest.approx(found / max(truth, 1))
+                assert curve.f1[above[-1]] == pytest.approx(f1)
+    for curve in (*classes, total):
+        if curve.name not in best:
+            assert curve.best is None
+            continue
+        f1, threshold = best[curve.name]
+        assert curve.f1[curve.best] == pytest.approx(f1)
+        # A threshold between two scores of the class keeps the same detections.
+        assert curve.scores[curve.best] >= threshold
+        assert not [s for s in curve.scores if threshold <= s < curve.scores[curve.best]]
+
+
+def test_score_chart(tmp_path):
+    names = ["$5 and $6 " + "long " * 9, *(f"class {i}" for i in range(24)), "never found"]
+    truth = [(i + 1, i + 1, OBJECT) for i in range(26)]
+    detections = detect(*[(i + 1, i + 1, OBJECT, 0.5 + i / 100) for i in range(25)])
+    figure = draw_score_chart(analyze_errors(scene(truth, names, 26), detections).curves, "$1, $2")
+    png(figure, tmp_path / "a.png")
+    shown = texts(figure)
+    assert "Score of the best F1, the 20 most frequent of 25" in shown
+    assert "$5 and $6 long long lon…" in shown and "never found" not in shown
+    assert "0.500: P 1.00, R 1.00, F1 1.00" in shown
+    assert not any(text.get_parse_math() for label, text in shown.items() if "$" in label)
+    nothing = draw_score_chart(analyze_errors(scene([(1, CAT, OBJECT)]), []).curves, "nothing")
+    nothing.savefig(tmp_path / "b.png")
+
+
 @pytest.fixture
 def analyze(tmp_path, monkeypatch, capsys):
     """Run the tool in this process on data or file contents; return exit code, output, errors."""
@@ -413,11 +470,16 @@ def test_tool(analyze, tmp_path):
         "  dog, or so        -         -          -         -          0            0",
         "  all classes    50.5         -        0.0     100.0          2            0",
         "  missed               49.5                       1  object not found",
+        "  cat          0.900      1.000   0.500  0.667      2",
+        "  dog, or so       -          -       -      -      0",
     ):
         assert line in out
     folder = tmp_path / "new" / "out"
-    assert sorted(path.name for path in folder.iterdir()) == ["ap.csv", "errors.csv", "errors.png"]
-    assert cv2.imread(str(folder / "errors.png")).std() > 10
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("ap.csv", "errors.csv", "errors.png", "scores.png", "thresholds.csv"),
+    ]
+    for name in ("errors.png", "scores.png"):
+        assert cv2.imread(str(folder / name)).std() > 10
     with open(folder / "ap.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == ["cat", "dog, or so", "all classes"]
@@ -426,6 +488,10 @@ def test_tool(analyze, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["error"] for row in rows] == list(KINDS)
     assert rows[-1]["AP50 lost"] == "49.5" and rows[-1]["errors at score >= 0.5"] == "1"
+    with open(folder / "thresholds.csv", newline="") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["cat", "dog, or so", "all classes"]
+    assert (rows["all classes"]["score"], rows["all classes"]["F1"]) == ("0.900", "0.667")
 
 
 def test_tool_with_nothing_detected(analyze, tmp_path):

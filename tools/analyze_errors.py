@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Show where a detector loses AP: by class, by size and by kind of error.
+"""Show where a detector loses AP, by class, size and kind of error, and which score to ask for.
 
-Prints two tables and writes them, with a picture: errors.png, ap.csv and errors.csv.
+Prints three tables and writes them, with two pictures: ap.csv, errors.csv and errors.png;
+thresholds.csv and scores.png for precision and recall over the score.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from balanced_d2.utils.errors import report_user_errors
 from balanced_d2.utils.files import replacing
 from balanced_d2.visualization.error_chart import draw_error_chart
 from balanced_d2.visualization.figure import place_picture, save_figure
+from balanced_d2.visualization.score_chart import cut_down, draw_score_chart
 
 NONE = "-"
 
@@ -41,11 +43,17 @@ def main(args: argparse.Namespace) -> None:
     )
     analysis = analyze_errors(annotations, predictions, args.threshold)
 
-    tables = {"ap.csv": ap_table(analysis), "errors.csv": error_table(analysis)}
+    tables = {
+        "ap.csv": ap_table(analysis),
+        "errors.csv": error_table(analysis),
+        "thresholds.csv": threshold_table(analysis),
+    }
     print(f"AP (IoU 0.50 to 0.95, in %) by class and size, of {len(predictions)} detections")
     print_table(tables["ap.csv"])
     print(f"\nAP50 is {analysis.ap50:.1f} %; fixing one kind of error alone would add:")
     print_table(tables["errors.csv"])
+    print("\nthe minimum score of the best F1, at an IoU of 0.5:")
+    print_table(tables["thresholds.csv"])
     for name, table in tables.items():
         with (
             replacing(os.path.join(folder, name)) as path,
@@ -54,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
             csv.writer(file).writerows(table)
     title = f"{os.path.basename(args.predictions)} on {os.path.basename(args.annotations)}"
     save_figure(draw_error_chart(analysis, title), picture)
-    print(f"\npicture: {picture}; tables: {', '.join(tables)} beside it")
+    save_figure(draw_score_chart(analysis.curves, title), os.path.join(folder, "scores.png"))
+    print(f"\npicture: {picture}; scores.png and tables: {', '.join(tables)} beside it")
 
 
 def load_annotations(path: str) -> Dict:
@@ -87,6 +96,18 @@ def error_table(analysis: Analysis) -> List[List[str]]:
     head = ["error", "AP50 lost", f"errors at score >= {analysis.threshold:g}", "meaning"]
     rows = [[e.kind, as_text(e.lost), str(e.number), KINDS[e.kind]] for e in analysis.errors]
     return [head, *rows]
+
+
+def threshold_table(analysis: Analysis) -> List[List[str]]:
+    rows = []
+    for curve in analysis.curves:
+        values = [NONE] * 4
+        if curve.best is not None:
+            parts = (curve.precision, curve.recall, curve.f1)
+            values = [cut_down(curve.scores[curve.best])]
+            values += [f"{part[curve.best]:.3f}" for part in parts]
+        rows.append([curve.name, *values, str(curve.num_truth)])
+    return [["class", "score", "precision", "recall", "F1", "boxes"], *rows]
 
 
 def as_text(value: Optional[float]) -> str:

@@ -12,6 +12,7 @@ from pycocotools import mask
 from tqdm import tqdm
 
 from balanced_d2.evaluation.matching import IOU, SIZES, Matching, match
+from balanced_d2.evaluation.thresholds import ScoreCurve, score_curves
 
 BACKGROUND_IOU = 0.1
 """A detection whose IoU with an object is below this has nothing to do with it: the paper's t_b."""
@@ -79,6 +80,8 @@ class Analysis(NamedTuple):
     """In the order of :data:`KINDS`."""
     threshold: float
     """Minimum score of the detections that were counted; AP uses all detections."""
+    curves: List[ScoreCurve]
+    """Precision and recall over the score, of each class and last of all."""
 
 
 def analyze_errors(
@@ -120,6 +123,7 @@ def analyze_errors(
             for kind in KINDS
         ],
         threshold=threshold,
+        curves=score_curves(matching),
     )
 
 
