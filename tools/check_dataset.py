@@ -2,25 +2,18 @@
 """Print what is wrong in datasets: everything that training refuses, drops or clips."""
 
 import argparse
-import logging
-import os
 import sys
 from collections import Counter
-from contextlib import contextmanager
-from typing import Dict, List, Tuple
+from typing import Dict, List
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data import add_register_argument, check_registered, register_from
-from balanced_d2.data.checks.coco_file import check_coco
-from balanced_d2.data.checks.for_model import check_files, coco_file, load
+from balanced_d2.data.checks.collect import findings_of, image_findings, image_problem
 from balanced_d2.data.checks.image_files import missing_findings, missing_images
-from balanced_d2.data.checks.records import Finding, Findings, examine
-from balanced_d2.data.classes import check_names
 from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
 from detectron2.data import MetadataCatalog
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 
@@ -47,13 +40,14 @@ def check_dataset(name: str, with_images: bool) -> bool:
     if source:
         print(f"data set {name!r}: {source}")
     try:
-        with silent_warnings():
-            findings, records = findings_of(name)
+        findings, records = findings_of(name)
     except UserError as error:
         print(f"refused: {error}")
         return False
     if with_images:
-        findings += image_findings(records)
+        images = tqdm(records, desc="images", unit="image", disable=None)
+        problems = {record["file_name"]: image_problem(record) for record in images}
+        findings += image_findings({path: what for path, what in problems.items() if what})
     else:
         findings += missing_findings(missing_images(records))
     for finding in findings:
@@ -63,62 +57,6 @@ def check_dataset(name: str, with_images: bool) -> bool:
     else:
         print(f"data set {name!r}: cannot be loaded until the above is fixed")
     return not any(finding.refused for finding in findings)
-
-
-@contextmanager
-def silent_warnings():
-    """Suppress the warnings of loading, because they will be printed as findings."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
-    """The problems in the annotations, and the records without them; none if the file is refused.
-
-    Raises:
-        UserError: if the dataset cannot be loaded at all.
-    """
-    check_files(name)
-    json_file = coco_file(name)
-    in_file = check_coco(name, json_file) if json_file else []
-    if any(finding.refused for finding in in_file):
-        return in_file, []
-    records = load(name)
-    if not records:
-        raise UserError(f"data set {name!r} has no images")
-    check_names(name, MetadataCatalog.get(name).get("thing_classes", ()))
-    records, findings = examine(name, records)
-    # The check of a file has already found everything.
-    return in_file if json_file else findings, records
-
-
-def image_findings(records: List[Dict]) -> List[Finding]:
-    """Open and completely decode every image of the records."""
-    wrong = {}
-    for record in tqdm(records, desc="images", unit="image", disable=None):
-        path = record["file_name"]
-        try:
-            with Image.open(path) as image:
-                image.load()
-                # Detectron2 rotates images by their EXIF data before it checks their size.
-                size = ImageOps.exif_transpose(image).size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            wrong[path] = "does not exist" if not os.path.exists(path) else str(error)
-            continue
-        expected = (record.get("width", size[0]), record.get("height", size[1]))
-        if size != expected:
-            wrong[path] = "is {} x {}, not {} x {}".format(*size, *expected)
-    findings = Findings()
-    findings.refuse(
-        "image(s) cannot be trained on",
-        list(wrong),
-        lambda path: f"{path} ({wrong[path]})",
-        "replace them or remove them from the dataset",
-    )
-    return findings
 
 
 def summary(name: str, records: List[Dict]) -> str:
