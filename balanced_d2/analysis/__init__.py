@@ -1,1 +1,1 @@
-"""Numbers about the inside of a model and the course of training."""
+"""Numbers about data, the inside of a model and the course of training."""

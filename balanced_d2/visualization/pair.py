@@ -1,6 +1,6 @@
 """Ground truth and detections of an image, side by side."""
 
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, TypeVar
 
 import cv2
 import numpy as np
@@ -13,6 +13,8 @@ from balanced_d2.visualization.fonts import use_font_for
 
 GAP = 8
 WHITE = (255, 255, 255)
+
+Item = TypeVar("Item")
 
 
 def draw_pair(
@@ -38,7 +40,7 @@ def draw_pair(
     return np.hstack([truth, drawn.get_image()])
 
 
-def choose_evenly(records: Sequence[Dict], number: int) -> List[Dict]:
+def choose_evenly(records: Sequence[Item], number: int) -> List[Item]:
     """``number`` of the records, evenly spread and always the same, or all if there are fewer."""
     places = np.linspace(0, len(records) - 1, min(number, len(records))).round().astype(int)
     return [records[i] for i in places]
