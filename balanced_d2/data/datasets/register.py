@@ -54,10 +54,11 @@ def register_from(args: argparse.Namespace) -> List[str]:
         UserError: if a name is already taken, a dataset cannot be recognised or it is not valid.
     """
     names: List[str] = []
-    if args.split is not None and not args.register:
+    fraction = getattr(args, "split", None)  # absent where a program makes its arguments itself
+    if fraction is not None and not args.register:
         raise UserError("--split divides the datasets of --register, of which there are none")
-    if args.split is not None and not 0 < args.split < 1:
-        raise UserError(f"--split is {args.split}, not between 0 and 1")
+    if fraction is not None and not 0 < fraction < 1:
+        raise UserError(f"--split is {fraction}, not between 0 and 1")
     for i, words in enumerate(args.register):
         paths, options = split_at_key(words, start=2)
         if options and hasattr(args, "opts"):
@@ -69,7 +70,7 @@ def register_from(args: argparse.Namespace) -> List[str]:
                 f"images, but is given: {' '.join(words)}"
             )
         image_dir = words[2] if len(words) == 3 else None
-        names += register_source(words[0], words[1], image_dir, args.split)
+        names += register_source(words[0], words[1], image_dir, fraction)
     return names
 
 
