@@ -41,7 +41,8 @@ def test_runs_on_tiny_sizes(tmp_path):
         if "Lite0" in title or "plain" in rows and "fast, bfloat16" in rows:
             assert "of the ceiling" in result.stdout
             for row in rows.values():
-                assert row["flops"] > 0 and row["seconds"]["convolution"] > 0
+                assert (row["flops"] > 0) == ("Lite0" not in title)
+                assert row["seconds"]["convolution"] > 0
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,7 @@ class WholeModel:
         cfg = load_config(str(ROOT / "configs" / config), options)
         use_available_device(cfg)
         self.model = build_model(cfg)
+        calibrate(self.model)
         if fast:
             speed_up(cfg, self.model)
             if cfg.SOLVER.AMP.ENABLED:
@@ -282,6 +283,22 @@ class WholeModel:
     @torch.no_grad()
     def detect(self, batch: list) -> None:
         self.model.eval()(batch)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module) -> None:
+    """Give frozen norms the statistics of what they see, as trained ones have, or else random
+    weights make such large values that no proposals are left."""
+
+    def measure(norm, inputs):
+        norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
+
+    norms = [m for m in model.modules() if "FrozenBatchNorm" in type(m).__name__]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    model.eval()([labelled_image(0, 320, 480)])
+    for hook in hooks:
+        hook.remove()
 
 
 def measure_whole(bench: Bench, scale: float) -> None:
@@ -351,7 +368,7 @@ def measure_fast(bench: Bench, scale: float) -> None:
         rows = bench.compare(title, runs, memory=False)
         for name, run in runs.items():
             dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-            rows[name].update(where_time_goes(run), ceiling=ceilings[dtype])
+            rows[name].update(where_time_goes(models[name].model, run), ceiling=ceilings[dtype])
         print(describe_operations(rows), flush=True)
 
 
@@ -370,13 +387,33 @@ KINDS = {
     "copy": ("copy_", "_to_copy", "clone", "cat", "index", "gather", "stack", "contiguous"),
     "fill": ("fill_", "zero_", "zeros", "full", "ones"),
     "suppression, sorting": ("nms", "sort", "topk", "unique"),
+    "arithmetic": (
+        *(
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "relu",
+            "clamp",
+            "threshold",
+            "hardtanh",
+            "native_batch_norm",
+        ),
+        *("batch_norm", "sum", "exp", "where", "minimum", "maximum", "max_pool2d", "upsample"),
+    ),
 }
 
 
-def where_time_goes(run) -> dict:
-    """FLOPs of convolutions and products, and seconds by kind of operation."""
-    with FlopCounterMode(display=False) as counter:
-        run()
+def where_time_goes(model: nn.Module, run) -> dict:
+    """FLOPs of convolutions and products, and seconds by kind of operation.
+
+    The FLOPs are 0 for models with grouped convolutions, for which PyTorch counts too many.
+    """
+    flops = 0
+    if all(m.groups == 1 for m in model.modules() if isinstance(m, nn.Conv2d)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops = counter.get_total_flops()
     with torch.profiler.profile() as profile:
         run()
     seconds = dict.fromkeys([*KINDS, "other"], 0.0)
@@ -384,7 +421,7 @@ def where_time_goes(run) -> dict:
         name = event.key.partition("::")[2] or event.key
         kind = next((k for k, begins in KINDS.items() if name.startswith(begins)), "other")
         seconds[kind] += event.self_cpu_time_total / 1e6
-    return {"flops": counter.get_total_flops(), "seconds": seconds}
+    return {"flops": flops, "seconds": seconds}
 
 
 def describe_operations(rows: dict) -> str:
@@ -394,7 +431,8 @@ def describe_operations(rows: dict) -> str:
         reached = 1e3 * row["flops"] / row["median_ms"] / row["ceiling"]
         total = sum(row["seconds"].values())
         shares = [f"{value / total:.0%}" for value in row["seconds"].values()]
-        lines.append([name, f"{row['flops'] / 1e9:.0f}", f"{reached:.0%}", *shares])
+        known = (f"{row['flops'] / 1e9:.0f}", f"{reached:.0%}") if row["flops"] else ("", "")
+        lines.append([name, *known, *shares])
     columns = ["", "GFLOP", "of the ceiling", *next(iter(rows.values()))["seconds"]]
     return tabulate(lines, columns, disable_numparse=True, stralign="right")
 
