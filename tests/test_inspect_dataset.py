@@ -593,10 +593,11 @@ def test_bad_input(tiny_coco, tmp_path, run_here):
         run("mine", *register, "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.WEIGHTS", "x.pth"),
         "there is no file x.pth",
     )
+    weights = tmp_path / "empty.pth"
+    torch.save({"model": {}}, weights)
+    retinanet = ("--config-file", "configs/Base-RetinaNet.yaml", "MODEL.WEIGHTS", weights)
     assert_user_error(
-        run(
-            "mine", *register, "--config-file", "configs/Base-RetinaNet.yaml", "MODEL.WEIGHTS", "x"
-        ),
+        run("mine", *register, *retinanet),
         "does not sample proposals",
     )
     content = json.loads(tiny_coco.read_text())

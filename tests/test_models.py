@@ -176,9 +176,11 @@ def test_adding_the_config_changes_no_default():
 
 
 def test_all_off_is_detectron2s_own_model():
-    ours = config(R_18.format(""))
+    classes = ("MODEL.ROI_HEADS.NUM_CLASSES", "3")
+    ours = config(R_18.format(""), *classes)
     theirs = config(
         R_18.format(""),
+        *classes,
         *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
         *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
     )
@@ -322,7 +324,9 @@ def test_unknown_names(opts, message):
 def test_a_config_written_by_0_1_0_keeps_its_meaning():
     """It has all keys, including those whose defaults have changed since."""
     old = load_config(str(ROOT / "tests" / "data" / "config_0.1.0.yaml"), ["MODEL.DEVICE", "meta"])
-    new = config(R_18.format("balanced_"), "MODEL.DEVICE", "meta")
+    new = config(
+        R_18.format("balanced_"), "MODEL.DEVICE", "meta", "MODEL.ROI_HEADS.NUM_CLASSES", "3"
+    )
     # For RetinaNet; in 0.1.0, one file turned on the balances of both.
     new.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "balanced_l1"
     assert json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
