@@ -33,7 +33,8 @@ SIZES = [(64, 96), (97, 211), (33, 190), (224, 160), (150, 149)]
 
 def small_model(*opts, config=TINY_CONFIG):
     """A model with random weights whose scores spread out, so that their order is no accident."""
-    opts = [*("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "32"), *opts]
+    opts = [*("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "3"), *opts]
+    opts = [*("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""), *opts]
     model = build_model(load_config(config, opts)).eval()
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():

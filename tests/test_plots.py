@@ -152,7 +152,8 @@ def test_plot_sampling(run_here, opts, shapes, demo, tmp_path):
     retinanet = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.yaml"
     assert_user_error(plot(DEMO_CONFIG, "--iterations", "0"), "--iterations is 0")
     assert_user_error(plot(DEMO_CONFIG, "--output", tmp_path / "x.gif"), "x.gif", ".png")
-    assert_user_error(plot(retinanet, "--output", tmp_path / "x.png"), "does not sample proposals")
+    no_weights = ("--output", tmp_path / "x.png", "MODEL.WEIGHTS", "")
+    assert_user_error(plot(retinanet, *no_weights), "does not sample proposals")
     assert_user_error(
         plot(DEMO_CONFIG, "--output", tmp_path / "x.png"), "nothing to sample from: set MODEL"
     )
