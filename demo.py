@@ -108,8 +108,7 @@ def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
         UserError: if one does not exist.
     """
     paths: List[str] = []
-    # The shell does not expand a pattern in quotes.
-    for path in (p for pattern in inputs for p in sorted(glob.glob(pattern)) or [pattern]):
+    for path in (path for given in inputs for path in _expanded(given)):
         if os.path.isdir(path):
             files = [p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in IMAGES + VIDEOS]
             if not files:
@@ -123,6 +122,13 @@ def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
         raise UserError("--input: give at least one image, folder or video")
     names: Set[str] = set()
     return [Source(path, output and picture(path, output, names)) for path in dict.fromkeys(paths)]
+
+
+def _expanded(given: str) -> List[str]:
+    """The paths of a pattern in quotes, which the shell does not expand."""
+    if os.path.exists(given):  # brackets may be part of a name
+        return [given]
+    return sorted(glob.glob(given)) or [given]
 
 
 def picture(path: str, output: str, names: Set[str]) -> str:
@@ -175,7 +181,7 @@ def set_threshold(cfg: CfgNode, threshold: float) -> None:
 
 def process_image(source: Source, predictor: DefaultPredictor, with_json: bool) -> int:
     """Run the detector on an image and draw it; return the number of detections."""
-    image = read_image(source.path)
+    image = read_image(source.path, gray_range=predictor.cfg.INPUT.GRAY_RANGE or None)
     detections = predictor(image)["instances"].to("cpu")
     rgb = Visualizer(image[:, :, ::-1], predictor.metadata).draw_instance_predictions(detections)
     picture = rgb.get_image()[:, :, ::-1]

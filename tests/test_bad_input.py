@@ -8,6 +8,7 @@ import math
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from PIL import Image
 
 from balanced_d2 import load_config
 from balanced_d2.config.checks import check_config, drop_late_steps
@@ -74,7 +75,7 @@ def check(tmp_path, content, opts=(), **arguments):
     json_file = tmp_path / "a.json"
     json_file.write_text(content if isinstance(content, str) else json.dumps(content))
     for image in ("a.jpg", "b.jpg"):
-        (tmp_path / image).touch()
+        Image.new("RGB", (50, 40)).save(tmp_path / image)
     register_coco(NAME, str(json_file), str(tmp_path))
     names = ["DATASETS.TRAIN", f"('{NAME}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     cfg = load_config("", [*names, *opts])
@@ -143,16 +144,11 @@ FILES = {
         ["no valid 'width' and 'height': image 4 (None x 40)"],
     ),
     "image of height 0": (with_field("images", 1, height=0), [], ["image 4 (50 x 0)"]),
-    "width in words": (with_field("images", 1, width="50"), [], ["image 4 ('50' x 40)"]),
+    "width in words": (with_field("images", 1, width="wide"), [], ["image 4 ('wide' x 40)"]),
     "image twice": (
         with_field("images", 1, id=3),
         [],
         ["1 image id(s) occur more than once: image 3 (2 times)"],
-    ),
-    "annotation twice": (
-        with_annotation(annotation(7)),
-        [],
-        ["1 annotation id(s) occur more than once: annotation 7 (2 times)"],
     ),
     "category twice": (
         with_field("categories", 1, id=1),
@@ -165,11 +161,6 @@ FILES = {
         ["categories have no 'name': category 2"],
     ),
     "category id in words": (with_field("categories", 1, id="two"), [], ["number 2 in the file"]),
-    "annotation without id": (
-        with_field("annotations", 1, id=None),
-        [],
-        ["1 annotation(s) have no valid id: number 2 in the file"],
-    ),
     "annotation of no image": (
         with_annotation(annotation(9, image_id=99), annotation(10, image_id=98)),
         [],
@@ -186,9 +177,9 @@ FILES = {
         ["1 annotation(s) belong to no category in the file: annotation 9 (category 5)"],
     ),
     "category_id in words": (
-        with_annotation(annotation(9, category_id="1")),
+        with_annotation(annotation(9, category_id="one")),
         [],
-        ["annotation 9 (category '1')"],
+        ["annotation 9 (category 'one')"],
     ),
     "no bbox": (
         with_field("annotations", 1, bbox=None),
@@ -197,7 +188,7 @@ FILES = {
     ),
     "bbox of three": (with_field("annotations", 1, bbox=[1, 2, 3]), [], ["annotation 8 (image 3)"]),
     "bbox in words": (
-        with_field("annotations", 1, bbox=[1, 2, "3", 4]),
+        with_field("annotations", 1, bbox=[1, 2, "x", 4]),
         [],
         ["have no valid bbox", "annotation 8 (image 3)"],
     ),
@@ -212,20 +203,10 @@ FILES = {
         ["have a bbox with NaN or infinity: annotation 8 (image 3)"],
     ),
     "ignore": (with_field("annotations", 1, ignore=1), [], ['marked "ignore"', "annotation 8"]),
-    "one flat polygon": (
-        with_field("annotations", 1, segmentation=POLYGON[0]),
-        [],
-        ["neither a list of polygons nor RLE: annotation 8"],
-    ),
     "keypoints that are no triples": (
         with_field("annotations", 1, keypoints=[1, 2]),
         [],
         ["not a list of x, y, visibility: annotation 8"],
-    ),
-    "test set without area": (
-        with_field("annotations", 1, area=None),
-        TEST_TOO,
-        ["lack 'area' or 'iscrowd'", "annotation 8 (image 3)"],
     ),
     "more than ten": (
         with_annotation(*(annotation(n, image_id=99) for n in range(100, 130))),
@@ -233,9 +214,9 @@ FILES = {
         ["30 annotation(s) belong to no image", "annotation 109 (image 99), ...; refused"],
     ),
     "several mistakes": (
-        with_annotation(annotation(7), annotation(9, image_id=99)),
+        with_annotation(annotation(7, category_id=5), annotation(9, image_id=99)),
         [],
-        ["annotation 7 (2 times)", "; 1 annotation(s) belong to no image"],
+        ["; 1 annotation(s) belong to no category", "annotation(s) belong to no image"],
     ),
     "no annotation": (emptied("annotations"), [], ["no usable annotation"]),
     "only crowds": (
@@ -534,12 +515,12 @@ def test_balances_of_classes_that_support_them(opts, caplog):
 def test_start_of_training_reports_everything_at_once(tmp_path, train_net_here):
     """End to end: one line, and nothing is trained."""
     content = good_file()
-    with_annotation(annotation(7), annotation(9, image_id=99))(content)
+    with_annotation(annotation(7, category_id=5), annotation(9, image_id=99))(content)
     (tmp_path / "a.json").write_text(json.dumps(content))
     result = train_net_here(
         *("--register", "own", tmp_path / "a.json", tmp_path),
         *("DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "output"),
         *("MODEL.ROI_HEADS.NUM_CLASSES", "2"),
     )
-    assert_user_error(result, "'own'", "annotation 7 (2 times)", "annotation 9 (image 99)")
+    assert_user_error(result, "'own'", "(category 5)", "annotation 9 (image 99)")
     assert not list(tmp_path.glob("**/*.pth"))

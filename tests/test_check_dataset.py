@@ -88,7 +88,7 @@ def test_refused_and_dropped_are_reported_together(check, data):
     data[1](change)
     exit_code, out, err = check("own")
     assert exit_code == 2 and "error: cannot be trained on: own" in err
-    assert "annotation id(s) occur more than once: annotation 5 (2 times); refused" in out
+    assert "numbered 2 annotation(s) whose id is missing or occurs more than once: number 3" in out
     assert "1 annotation(s) belong to no image in the file: annotation 2 (image 99)" in out
     assert "dropped 1 annotation(s)" in out and "annotation 1 (image 1)" in out
     assert "cannot be loaded until" in out
@@ -115,12 +115,15 @@ def test_images(check, data):
     exit_code, out, err = check("own")
     assert exit_code == 2
     assert f"1 image file(s) do not exist: {images}/1.jpg; refused" in out
+    # What headers say.
+    assert f"{images}/2.jpg (it is not an image" in out and "4.jpg (is 81 x 64, not" in out
+    assert out.count("1.jpg") == 1 and "3.jpg" not in out and "5.jpg" not in out
     exit_code, out, err = check("own", "--images")
     assert exit_code == 2
     (line,) = [line for line in out.splitlines() if "image(s) cannot be trained on" in line]
     assert "4 image(s)" in line and "5.jpg" not in line and "6.jpg" not in line
     assert f"{images}/1.jpg (does not exist)" in line
-    assert f"{images}/2.jpg (cannot identify" in line
+    assert f"{images}/2.jpg (it is not an image" in line
     assert f"{images}/3.jpg (image file is truncated" in line
     assert f"{images}/4.jpg (is 81 x 64, not 80 x 64)" in line
 

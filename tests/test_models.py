@@ -136,6 +136,7 @@ def test_adding_the_config_changes_no_default():
     }
     assert detectron2s.items() <= after.items()
     assert after.keys() - before.keys() - detectron2s.keys() == {
+        "INPUT.GRAY_RANGE",
         "DATALOADER.SKIP_BAD_IMAGES",
         "DATALOADER.MAX_BAD_IMAGES",
         "MODEL.CHANNELS_LAST",

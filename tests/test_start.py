@@ -13,10 +13,11 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.solver import LRMultiplier
 from fvcore.common.param_scheduler import CosineParamScheduler
+from PIL import Image
 from torch import nn
 
 from balanced_d2 import load_config
-from balanced_d2.checkpoint import BalancedCheckpointer, read_contents
+from balanced_d2.checkpoint import BalancedCheckpointer, Contents, read_contents
 from balanced_d2.config.resume import changes
 from balanced_d2.config.yaml_config import set_by_hand
 from balanced_d2.data.adapted import Change, adapt
@@ -92,13 +93,17 @@ def trained(tiny_coco, tmp_path_factory):
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    """Catalogs that are undone afterwards; a function that registers records."""
+def registered(monkeypatch, tmp_path):
+    """Catalogs that are undone afterwards; a function that registers records of an image."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(file)
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", copy.copy(catalog.data))
 
     def register(name, records, **metadata):
-        DatasetCatalog.register(name, lambda: copy.deepcopy(records))
+        DatasetCatalog.register(
+            name, lambda: [{**copy.deepcopy(record), "file_name": str(file)} for record in records]
+        )
         MetadataCatalog.get(name).set(**metadata)
 
     return register
@@ -172,7 +177,7 @@ def test_weights_that_leave_parts_random(trained, tiny_coco, tmp_path, train_net
 def test_two_classes_of_one_name(tiny_coco, tmp_path, train_net_here):
     twice = changed(tiny_coco, "twice", lambda c: c["categories"][0].update(name="dark"))
     result = train_net_here(*command(twice, tiny_coco, tmp_path))
-    assert_user_error(result, "'train' has several classes named 'dark'")
+    assert_user_error(result, "data set 'train'", "'dark' (categories 1, 2); refused")
 
 
 def test_joined_classes():
@@ -185,7 +190,7 @@ def test_joined_classes():
 
 def records(*categories):
     annotations = [{"bbox": [0, 0, 9, 9], "bbox_mode": 0, "category_id": c} for c in categories]
-    return [{"file_name": __file__, "width": 9, "height": 9, "annotations": annotations}]
+    return [{"width": 9, "height": 9, "annotations": annotations}]
 
 
 def test_training_sets_of_different_classes(registered):
@@ -212,7 +217,7 @@ def test_resumed_data_keep_the_order_of_the_checkpoint(registered):
     registered("mine", records(0, 1), thing_classes=["cat", "dog"])
     cfg = load_config("", ["DATASETS.TRAIN", "('mine',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
     data = check_datasets(cfg, known=["dog", "cat"])
-    assert data == (["dog", "cat"], {"mine": Change([1, 0], frozenset())})
+    assert data == (["dog", "cat"], {"mine": Change([1, 0], frozenset())}, [])
     for known, message in (
         (["dog", "fish"], r"\(new: cat; gone: fish\)"),
         (["dog", "cat", "fish"], r"\(new: none; gone: fish\)"),
@@ -266,7 +271,7 @@ def test_what_weights_say_of_their_classes(tmp_path):
         assert (contents.class_names or [None])[0] == ("person" if known else None)
     tensors = {name: torch.from_numpy(rows) for name, rows in rows.items()}
     torch.save({"model": tensors, "class_names": ["a"]}, tmp_path / "x.pth")
-    assert read_contents(str(tmp_path / "x.pth")) == (None, 80, "")  # names of something else
+    assert read_contents(str(tmp_path / "x.pth")) == Contents(None, 80)  # names of something else
     (tmp_path / "x.pth").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="cannot load the checkpoint .*x.pth"):
         read_contents(str(tmp_path / "x.pth"))

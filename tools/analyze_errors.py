@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.data.checks.coco_file import findings_in, read_coco
+from balanced_d2.data.checks.coco_file import findings_in
 from balanced_d2.data.checks.records import report
+from balanced_d2.data.datasets.coco_json import read_coco
 from balanced_d2.evaluation.errors import KINDS, Analysis, analyze_errors
 from balanced_d2.evaluation.predictions import (
     add_predictions_argument,
@@ -73,8 +74,8 @@ def load_annotations(path: str) -> Dict:
         UserError: naming everything that is wrong with it.
     """
     name = Path(path).stem
-    content = read_coco(name, path, evaluated=True)
-    report(name, [f for f in findings_in(content, path, evaluated=True) if f.refused], path)
+    content, _ = read_coco(name, path, evaluated=True)
+    report(name, [finding for finding in findings_in(content) if finding.refused], path)
     return content
 
 

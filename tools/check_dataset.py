@@ -8,8 +8,13 @@ from typing import Dict, List
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data import add_register_argument, check_registered, register_from
-from balanced_d2.data.checks.collect import findings_of, image_findings, image_problem
-from balanced_d2.data.checks.image_files import missing_findings, missing_images
+from balanced_d2.data.checks.collect import (
+    file_findings,
+    findings_of,
+    image_findings,
+    image_problem,
+)
+from balanced_d2.data.checks.records import left_out_findings
 from balanced_d2.utils.errors import UserError, report_user_errors
 
 # isort: split
@@ -44,12 +49,13 @@ def check_dataset(name: str, with_images: bool) -> bool:
     except UserError as error:
         print(f"refused: {error}")
         return False
+    findings += left_out_findings(records, filter_empty=True)
     if with_images:
         images = tqdm(records, desc="images", unit="image", disable=None)
         problems = {record["file_name"]: image_problem(record) for record in images}
         findings += image_findings({path: what for path, what in problems.items() if what})
     else:
-        findings += missing_findings(missing_images(records))
+        findings += file_findings(records)
     for finding in findings:
         print(f"data set {name!r}: {finding}")
     if records:

@@ -21,11 +21,11 @@ from balanced_d2.analysis.sampling import (
     check_samples_proposals,
     sample_negatives,
 )
-from balanced_d2.data import check_datasets, check_registered
+from balanced_d2.data import check_registered
 from balanced_d2.data.checks.collect import findings_of, image_findings
 from balanced_d2.data.checks.records import report
 from balanced_d2.data.datasets.register import add_register_argument
-from balanced_d2.engine import build_predictor, config_from
+from balanced_d2.engine import build_predictor, config_from, prepare_datasets
 from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.utils.files import check_writable
 from balanced_d2.utils.progress import WithBar
@@ -96,7 +96,7 @@ def negatives_of(cfg: CfgNode, name: str, num_iterations: int) -> Optional[Sampl
     cfg = cfg.clone()
     cfg.SEED = max(cfg.SEED, 0)  # the same figures every time
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), ()
-    check_datasets(cfg)
+    prepare_datasets(cfg)
     return sample_negatives(cfg, build_predictor(cfg, "sample from").model, num_iterations)
 
 

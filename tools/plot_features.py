@@ -20,8 +20,9 @@ from balanced_d2.visualization.figure import place_picture, save_figure
 def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
     picture = place_picture(args.output, cfg.OUTPUT_DIR, "features.png")
-    image = read_image(args.input)
-    levels = balance_levels(build_predictor(cfg, "visualize"), image)
+    predictor = build_predictor(cfg, "visualize")
+    image = read_image(args.input, gray_range=predictor.cfg.INPUT.GRAY_RANGE or None)
+    levels = balance_levels(predictor, image)
 
     print(f"{'level':<6}{'size':>10}{'before':>12}{'after':>12}{'added':>12}{'after / before':>16}")
     for level in levels:

@@ -16,6 +16,7 @@ contains an array (3, height, width) that is passed to the model unchanged.
 
 import argparse
 import colorsys
+import functools
 import json
 import os
 import statistics
@@ -26,7 +27,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 METADATA = "balanced_d2.json"
 # For older files, which do not name their outputs.
@@ -35,6 +36,21 @@ PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than 
 # Opacity of masks, at most 255, and the probability from which a pixel belongs to the mask.
 MASK_ALPHA = 110
 MASK_THRESHOLD = 0.5
+FONT_FOLDERS = (
+    *("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts"),
+    *("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts"),
+)
+FONT_SUFFIXES = (".otf", ".ttc", ".ttf")
+NO_CHARACTER = "\uffff"  # fonts draw what they lack as they draw this
+ORIENTATIONS = {  # of EXIF, and what undoes them
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UserError(Exception):
@@ -174,11 +190,48 @@ def read(path: str, detector: ExportedDetector):
             if array.ndim != 3 or len(array) != 3:
                 raise ValueError(f"an array (3, height, width) is needed, not {array.shape}")
             return None, array
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        # Of a path, Pillow turns some TIFFs wrongly.
+        with open(path, "rb") as file, Image.open(file) as opened:
+            image = as_rgb(opened, detector.metadata.get("gray_range"))
         return image, detector.preprocess(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {one_line(error)}") from None
+
+
+def as_rgb(image: Image.Image, gray_range):
+    """An opened image as the model was trained with: rotated, gray of more than 8 bits in 8."""
+    image.load()
+    is_deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+    image = upright(image)
+    if is_deep:
+        image = Image.fromarray(to_8_bits(np.asarray(image), gray_range))
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image rotated as its EXIF data says, if they can be read."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # broken EXIF data, which training ignores too
+        return image
+    method = ORIENTATIONS.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def to_8_bits(pixels: np.ndarray, gray_range) -> np.ndarray:
+    """Gray values from 0 to the range of the model as 0 to 255.
+
+    Without a range, it is the image's own: the next 2**n - 1 from its largest value, at least 255;
+    of floats 1, if none is above.
+    """
+    if not np.isfinite(pixels).all() or pixels.min() < 0:
+        raise ValueError("it is gray with values that are negative or not finite")
+    largest = float(pixels.max())
+    if not gray_range and pixels.dtype.kind == "f" and largest <= 1:
+        gray_range = 1.0
+    if not gray_range:
+        gray_range = 2 ** max(8, int(np.ceil(largest)).bit_length()) - 1
+    return np.rint(pixels.astype(np.float64) * (255 / gray_range)).clip(0, 255).astype(np.uint8)
 
 
 def run(detector, array: np.ndarray, repeat: int):
@@ -324,7 +377,8 @@ def draw(image: Image.Image, detections: list) -> Image.Image:
     image = draw_masks(image, detections)
     canvas = ImageDraw.Draw(image)
     line = max(1, round(min(image.size) / 300))
-    font = ImageFont.load_default(size=max(10, min(image.size) / 40))
+    text = "".join(detection["class"] for detection in detections)
+    font = font_for(text, size=max(10, min(image.size) / 40))
     for detection in reversed(detections):
         color = class_color(detection["class_id"])
         x1, y1, x2, y2 = detection["bbox"]
@@ -339,6 +393,37 @@ def draw(image: Image.Image, detections: list) -> Image.Image:
         for x, y, _ in detection.get("keypoints", []):
             canvas.ellipse((x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line), fill=color)
     return image
+
+
+def font_for(text: str, size: float):
+    """A font that has the characters of a text, if there is one: Pillow's own has Latin ones."""
+    if text.isascii():
+        return ImageFont.load_default(size=size)
+    path = font_file(frozenset(c for c in text if not c.isspace()))
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size=size)
+
+
+@functools.cache
+def font_file(characters: frozenset) -> str:
+    """The installed font with the most of some characters; "" if none has any."""
+    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
+    files = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in FONT_SUFFIXES]
+    best, number = "", 0
+    for file in files:
+        try:
+            font = ImageFont.truetype(str(file), 16)
+            absent = bytes(font.getmask(NO_CHARACTER))
+            found = sum(bytes(font.getmask(character)) != absent for character in characters)
+        except (OSError, ValueError):  # not a font that can be drawn with
+            continue
+        if found > number:
+            best, number = str(file), found
+        if number == len(characters):
+            break
+    else:
+        some = "".join(sorted(characters)[:10])
+        report(f"no installed font has all characters of the names: {some}", "note")
+    return best
 
 
 def draw_masks(image: Image.Image, detections: list) -> Image.Image:
@@ -363,8 +448,8 @@ def one_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def report(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+def report(error, kind: str = "error") -> None:
+    print(f"{kind}: {error}", file=sys.stderr, flush=True)
 
 
 def parse_args() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from balanced_d2.utils.files import check_writable, open_replacing
 
 # A suffix of paths.
 MATCHING_HEURISTICS = "?matching_heuristics=True"
-CONFIG = "config"  # the key of a checkpoint
+CONFIG, GRAY_RANGE = "config", "gray_range"  # keys of a checkpoint
 # Tensors that older checkpoints have and models no longer do: theirs are those of the config.
 PIXELS = ("pixel_mean", "pixel_std")
 
@@ -55,6 +55,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
     Args: as for Detectron2's ``DetectionCheckpointer``, and:
         class_names: of the model's classes, which are saved with it.
         config: the training's, as text, which is saved, too.
+        gray_range: ``INPUT.GRAY_RANGE``, which is saved with it unless it is 0.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class BalancedCheckpointer(DetectionCheckpointer):
         *,
         class_names: Optional[Sequence[str]] = None,
         config: str = "",
+        gray_range: float = 0.0,
         **kwargs,
     ):
         super().__init__(model, save_dir, **kwargs)
         self.class_names = class_names and list(class_names)
         self.config = config
+        self.gray_range = gray_range
         self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
         self._matching_heuristics = False  # True while such a file is loaded
 
@@ -92,6 +95,8 @@ class BalancedCheckpointer(DetectionCheckpointer):
             kwargs.setdefault(finetune.CLASS_NAMES, self.class_names)
         if self.config:
             kwargs.setdefault(CONFIG, self.config)
+        if self.gray_range:
+            kwargs.setdefault(GRAY_RANGE, self.gray_range)
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:  # PyTorch raises the second for a full disk
@@ -163,6 +168,8 @@ class Contents(NamedTuple):
     num_classes: Optional[int] = None
     config: str = ""
     """``cfg.dump()`` of the training; "" in checkpoints of others and of older versions."""
+    gray_range: float = 0.0
+    """``INPUT.GRAY_RANGE`` of the training; 0 if it had none."""
 
 
 def read_contents(path: str) -> Contents:
@@ -189,7 +196,12 @@ def read_contents(path: str) -> Contents:
     except READ_ERRORS as error:
         raise UserError(f"cannot load the checkpoint {path}: {_reason(error)}") from error
     is_of_them = number is None or names is None or len(names) == number
-    return Contents(names if is_of_them else None, number, content.get(CONFIG, ""))
+    return Contents(
+        names if is_of_them else None,
+        number,
+        content.get(CONFIG, ""),
+        float(content.get(GRAY_RANGE, 0)),
+    )
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -90,6 +90,10 @@ def add_balanced_config(cfg: CN) -> None:
         if key not in node:
             node[key] = value
 
+    # The value of gray images with more than 8 bits (16-bit, 32-bit, float) that is white. 0: the
+    # next 2**n - 1 from the largest of the training images, or that of the weights.
+    cfg.INPUT.GRAY_RANGE = 0.0
+
     # Whether training skips images that cannot be read, and how many at most.
     cfg.DATALOADER.SKIP_BAD_IMAGES = False
     cfg.DATALOADER.MAX_BAD_IMAGES = 100

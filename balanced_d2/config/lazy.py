@@ -77,6 +77,7 @@ def trainer_config(lazy: DictConfig) -> LazyCfgNode:
             "DATASETS.TEST": _names(loader.test.dataset.names),
             "DATALOADER.SKIP_BAD_IMAGES": loader.train.get("skip_bad_images", False),
             "INPUT.CROP.ENABLED": "Crop" in str(mapper.get("augmentations")),
+            "INPUT.GRAY_RANGE": float(mapper.get("gray_range", 0)),
             "INPUT.MASK_FORMAT": mapper.get("instance_mask_format", "polygon"),
             "MODEL.MASK_ON": mapper.get("use_instance_mask", False),
             "OUTPUT_DIR": train.output_dir,

@@ -1,8 +1,8 @@
 """The classes of a model, and their names."""
 
 import logging
-from collections import Counter
-from typing import List, Mapping, Optional, Sequence
+import unicodedata
+from typing import Dict, List, Mapping, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -77,9 +77,17 @@ def numbers_in(model: Sequence[str], name: str, classes: Sequence[str]) -> List[
     return numbers
 
 
+def same_names(names: Sequence[str]) -> List[List[int]]:
+    """Indices of the names that occur more than once, also in another normal form of Unicode."""
+    places: Dict[str, List[int]] = {}
+    for index, name in enumerate(names):
+        places.setdefault(unicodedata.normalize("NFC", name.strip()), []).append(index)
+    return [where for where in places.values() if len(where) > 1]
+
+
 def check_names(name: str, classes: Sequence[str]) -> None:
     """Raise :class:`UserError` if a dataset has classes of the same name."""
-    twice = [repr(c) for c, count in Counter(classes).items() if count > 1]
+    twice = [repr(classes[where[0]]) for where in same_names(classes)]
     if twice:
         raise UserError(
             f"data set {name!r} has several classes named {', '.join(twice)}; give each a name of "

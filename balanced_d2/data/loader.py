@@ -16,13 +16,15 @@ from typing import (
 
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data import DatasetFromList
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from balanced_d2.data.checks.records import clean
 from balanced_d2.data.classes import num_classes_key
+from balanced_d2.data.image import ImageError
+from balanced_d2.data.mapper import ImageMapper
 from balanced_d2.data.train_samplers import SAMPLERS, MakeSampler, load_records, uniform_sampler
 from balanced_d2.utils.errors import StopTraining, UserError, check_choice
 from balanced_d2.utils.randomness import seeded
@@ -114,7 +116,7 @@ class TrainLoader:
         dataset = load_records(cfg, *cfg.DATASETS.TRAIN)
         return {
             "dataset": dataset,
-            "mapper": DatasetMapper(cfg, is_train=True),
+            "mapper": ImageMapper(cfg, is_train=True),
             "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
             "num_workers": cfg.DATALOADER.NUM_WORKERS,
             "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
@@ -236,9 +238,10 @@ class _Samples(Dataset):
                 path = record.get("file_name", "without a file name")
                 try:
                     sample = self.mapper(record)
-                except (OSError, SizeMismatchError, SyntaxError) as error:
+                except (ImageError, OSError, SizeMismatchError, SyntaxError) as error:
                     # Pillow raises SyntaxError for a broken PNG.
                     reason = " ".join(str(error).split()) or type(error).__name__
+                    reason = reason.removeprefix(f"cannot read the image {path}: ")
                     bad_images.append(BadImage(path, reason))
                     if not self.skip_bad_images:
                         return None, bad_images

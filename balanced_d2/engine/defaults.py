@@ -23,7 +23,7 @@ from balanced_d2.engine.lazy import LazyTrainer
 from balanced_d2.engine.log import early_log, start_log
 from balanced_d2.engine.output_folder import move_aside
 from balanced_d2.engine.speed import use_available_device
-from balanced_d2.engine.start import check_start, contents_of, take_num_classes
+from balanced_d2.engine.start import check_start, contents_of, take_gray_range, take_num_classes
 from balanced_d2.engine.trainer import BalancedTrainer
 from balanced_d2.utils.errors import UserError
 
@@ -56,7 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> CfgNode:
     """Register the user's datasets and load the config, for programs that do not train. Its number
-    of classes is that of its weights.
+    of classes is that of its weights, and so is the range of gray images, where it is not set.
 
     Args:
         args: parsed with :func:`add_model_arguments`.
@@ -74,6 +74,7 @@ def config_from(args: argparse.Namespace) -> CfgNode:
     check_weights(cfg)
     weights = contents_of(cfg.MODEL.WEIGHTS)
     take_num_classes(cfg, weights, keys_set_by_hand(args.config_file, args.opts), cfg.MODEL.WEIGHTS)
+    take_gray_range(cfg, weights)
     return cfg
 
 
@@ -105,7 +106,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             drop_late_steps(cfg)
         start = in_main_process(check_start, cfg, args)
         set_num_classes(cfg, start.num_classes)
-        cfg.SEED = start.seed
+        cfg.SEED, cfg.INPUT.GRAY_RANGE = start.seed, start.gray_range
         cfg.freeze()
         for name, change in start.data.changes.items():
             adapt(name, change, start.data.classes or ())

@@ -12,7 +12,8 @@ from balanced_d2.engine.speed import speed_up, use_available_device
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     """Detectron2's predictor, with all weights of its model loaded from ``MODEL.WEIGHTS``.
 
-    Its ``metadata`` has the names of the classes: those in the weights, if they say them.
+    Its ``metadata`` has the names of the classes: those in the weights, if they say them. Its
+    ``cfg`` has their ``INPUT.GRAY_RANGE``, for :func:`balanced_d2.data.image.read_image`.
 
     Args:
         cfg: set to the CPU if there is no CUDA.
@@ -23,7 +24,9 @@ def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     """
     check_weights(cfg, purpose)
     use_available_device(cfg)
-    metadata = model_metadata(cfg, read_contents(cfg.MODEL.WEIGHTS).class_names)
+    weights = read_contents(cfg.MODEL.WEIGHTS)
+    cfg.INPUT.GRAY_RANGE = cfg.INPUT.GRAY_RANGE or weights.gray_range
+    metadata = model_metadata(cfg, weights.class_names)
     untrained = cfg.clone()
     untrained.MODEL.WEIGHTS = ""  # Detectron2 would leave missing weights random
     for backbone in (untrained.MODEL.TIMM, untrained.MODEL.TORCHVISION):

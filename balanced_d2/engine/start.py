@@ -11,11 +11,12 @@ from torch import nn
 
 from balanced_d2.checkpoint import BalancedCheckpointer, Contents, read_contents
 from balanced_d2.config.checks import check_config, check_weights
-from balanced_d2.config.lazy import keys_set_by_hand
+from balanced_d2.config.lazy import LazyCfgNode, keys_set_by_hand
 from balanced_d2.config.resume import as_text, changes, seed_of
 from balanced_d2.data.adapted import adapt
 from balanced_d2.data.checks.for_model import CheckedData, check_datasets
 from balanced_d2.data.classes import NO_NAMES, num_classes_key, set_num_classes, some
+from balanced_d2.data.gray_range import find_gray_range
 from balanced_d2.engine.output_folder import check_movable, check_unused
 from balanced_d2.evaluation.evaluators import check_packages
 from balanced_d2.utils.errors import UserError
@@ -28,6 +29,7 @@ class Start(NamedTuple):
 
     num_classes: Optional[int]
     seed: int
+    gray_range: float
     data: CheckedData
 
 
@@ -62,6 +64,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
         logger.warning(f"{resumed or cfg.MODEL.WEIGHTS}: {NO_NAMES}")
     by_hand = keys_set_by_hand(args.config_file, args.opts)
     follows = take_num_classes(cfg, weights, by_hand, resumed or cfg.MODEL.WEIGHTS)
+    take_gray_range(cfg, weights)
     if resumed and not args.eval_only:
         continue_with(cfg, weights.config, resumed)
     check_config(cfg, train=not args.eval_only, resume=bool(resumed))
@@ -75,7 +78,8 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
     check_packages(cfg.DATASETS.TEST)
     if follows and data.classes is not None:
         set_num_classes(cfg, len(data.classes))
-    return Start(num_classes_key(cfg)[1], cfg.SEED, data)
+    complete_gray_range(cfg, data, train=not args.eval_only)
+    return Start(num_classes_key(cfg)[1], cfg.SEED, cfg.INPUT.GRAY_RANGE, data)
 
 
 def contents_of(weights: str) -> Contents:
@@ -153,13 +157,41 @@ def continue_with(cfg: CfgNode, before: str, checkpoint: str) -> None:
         cfg.SEED = seed_of(before)
 
 
+def take_gray_range(cfg: CfgNode, weights: Contents) -> None:
+    """Set ``INPUT.GRAY_RANGE``, where it is not set, to that of the weights."""
+    if not isinstance(cfg, LazyCfgNode):  # whose mapper does not follow it
+        cfg.INPUT.GRAY_RANGE = cfg.INPUT.GRAY_RANGE or weights.gray_range
+
+
+def complete_gray_range(cfg: CfgNode, data: CheckedData, train: bool) -> None:
+    """Set ``INPUT.GRAY_RANGE``, where neither the config nor its weights say it, to what the data
+    have: the training data, or else the test data.
+
+    Raises:
+        UserError: if an image has no range, or a LazyConfig reads it with Detectron2's mapper.
+    """
+    found = cfg.INPUT.GRAY_RANGE
+    for names in (cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST):
+        found = found or find_gray_range([name for name in names if name in data.deep])
+    if found and not cfg.INPUT.GRAY_RANGE and isinstance(cfg, LazyCfgNode):
+        raise UserError(
+            "the data have gray images of more than 8 bits, which Detectron2's mapper clips: use a "
+            "YAML config, or L(balanced_d2.data.mapper.ImageMapper) with gray_range "
+            f"{found:g} in dataloader.train and dataloader.test"
+        )
+    cfg.INPUT.GRAY_RANGE = found
+
+
 def prepare_datasets(cfg: CfgNode) -> None:
-    """Check ``DATASETS`` and give them the classes of ``MODEL.WEIGHTS``, for programs that do not
-    train.
+    """Check ``DATASETS``, give them the classes of ``MODEL.WEIGHTS`` and complete
+    ``INPUT.GRAY_RANGE``, for programs that do not train.
 
     Raises:
         UserError: as :func:`check_datasets` does.
     """
-    data = check_datasets(cfg, known=contents_of(cfg.MODEL.WEIGHTS).class_names)
+    weights = contents_of(cfg.MODEL.WEIGHTS)
+    data = check_datasets(cfg, known=weights.class_names)
+    take_gray_range(cfg, weights)
+    complete_gray_range(cfg, data, train=True)
     for name, change in data.changes.items():
         adapt(name, change, data.classes or ())

@@ -9,6 +9,7 @@ from typing import Any, Dict
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from balanced_d2.checkpoint import BalancedCheckpointer, check_space, start_from
 from balanced_d2.data.classes import training_classes
 from balanced_d2.data.loader import TrainLoader
+from balanced_d2.data.mapper import ImageMapper
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
 from balanced_d2.engine.optimizer import build_optimizer, settings_kept
 from balanced_d2.engine.speed import autocast, speed_up
@@ -69,6 +71,7 @@ class BalancedTrainer(DefaultTrainer):
             self.cfg.OUTPUT_DIR,
             class_names=training_classes(self.cfg),
             config=self.cfg.dump(),
+            gray_range=self.cfg.INPUT.GRAY_RANGE,
             trainer=weakref.proxy(self),
         )
         built = [
@@ -117,7 +120,8 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        loader = super().build_test_loader(cfg, dataset_name)
+        mapper = ImageMapper(cfg, is_train=False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         return WithBar(loader, desc=f"evaluating {dataset_name}", unit="batch")
 
     @classmethod
@@ -252,7 +256,8 @@ def with_validation_images(
     """The evaluator, plus one that shows images in TensorBoard if the config enables it."""
     if cfg.TEST.NUM_IMAGES_SHOWN <= 0:
         return evaluator
-    shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN)
+    gray_range = cfg.INPUT.GRAY_RANGE or None
+    shown = ValidationImages(dataset_name, cfg.TEST.NUM_IMAGES_SHOWN, gray_range=gray_range)
     return DatasetEvaluators([evaluator, shown])
 
 

@@ -3,6 +3,7 @@
 import logging
 import types
 from typing import Callable, Dict, Sequence
+from unittest import mock
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -15,14 +16,26 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
+    coco_evaluation,
 )
+from pycocotools.coco import COCO
 
+from balanced_d2.data.datasets.coco_json import read_coco
+from balanced_d2.evaluation.ground_truth import GroundTruth
 from balanced_d2.utils.errors import UserError, check_package
 
 
 class _COCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator, for datasets that have some of the model's classes, in any order, and
-    without the images that were left out. If nothing was detected, AP is 0 instead of NaN."""
+    without the images that were left out. If nothing was detected, AP is 0 instead of NaN. The
+    annotations are those that are trained on, and not as pycocotools reads the file."""
+
+    def __init__(self, dataset_name: str, output_dir: str, **kwargs):
+        def read(json_file: str) -> COCO:
+            return GroundTruth(read_coco(dataset_name, json_file, evaluated=True)[0])
+
+        with mock.patch.object(coco_evaluation, "COCO", read):
+            super().__init__(dataset_name, output_dir=output_dir, **kwargs)
 
     def _eval_predictions(self, predictions, img_ids=None):
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
@@ -41,7 +54,8 @@ class _COCOEvaluator(COCOEvaluator):
                 for prediction in predictions
             ]
         if img_ids is None and self._metadata.get("images_left_out"):
-            img_ids = [prediction["image_id"] for prediction in predictions]
+            numbers = self._coco_api.numbers
+            img_ids = [numbers[prediction["image_id"]] for prediction in predictions]
         super()._eval_predictions(predictions, img_ids)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):

@@ -8,7 +8,7 @@ from typing import Container, Dict, List, Sequence
 import numpy as np
 
 from balanced_d2.data.checks.records import as_boxes
-from balanced_d2.data.datasets.coco import gc_paused, parse_json
+from balanced_d2.data.datasets.coco_json import gc_paused, parse_json
 from balanced_d2.utils.errors import UserError
 
 FIELDS = ("image_id", "category_id", "bbox", "score")

@@ -26,6 +26,7 @@ def describe(cfg: CfgNode, class_names: Optional[Sequence[str]] = None) -> dict:
         A dict for JSON: ``outputs``, their names in order; ``class_names``; ``input_format``,
         ``"BGR"`` or ``"RGB"``; ``min_size`` and ``max_size``, the lengths in pixels to which the
         shorter side of an image is scaled (0: not at all) and which the longer side may have;
+        ``gray_range``, the white of gray images of more than 8 bits (0: not known);
         ``score_threshold``, below which there are no detections; ``versions`` of what exported it.
 
     Raises:
@@ -51,6 +52,7 @@ def describe(cfg: CfgNode, class_names: Optional[Sequence[str]] = None) -> dict:
         "input_format": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "gray_range": cfg.INPUT.GRAY_RANGE,
         "score_threshold": part.SCORE_THRESH_TEST,
         "versions": {"torch": torch.__version__, "detectron2": detectron2.__version__},
     }

@@ -47,14 +47,16 @@ def _round_up(length: int, multiple: int) -> int:
 def _read(file: str, cfg: CfgNode) -> np.ndarray:
     if not file:
         return _first_test_image(cfg)
-    return read_image(file, cfg.INPUT.FORMAT, what="sample image")
+    gray_range = cfg.INPUT.GRAY_RANGE or None
+    return read_image(file, cfg.INPUT.FORMAT, what="sample image", gray_range=gray_range)
 
 
 def _first_test_image(cfg: CfgNode) -> np.ndarray:
     for dataset in cfg.DATASETS.TEST:
         try:
             record = DatasetCatalog.get(dataset)[0]
-            return read_image(record["file_name"], format=cfg.INPUT.FORMAT)
+            gray_range = cfg.INPUT.GRAY_RANGE or None
+            return read_image(record["file_name"], cfg.INPUT.FORMAT, gray_range=gray_range)
         except (KeyError, IndexError, OSError, UserError):
             continue
     blocks = np.random.default_rng(0).integers(256, size=(15, 20, 3), dtype=np.uint8)

@@ -30,14 +30,14 @@ def draw_error_chart(analysis: Analysis, title: str) -> Figure:
     """
     classes = [result for result in analysis.classes if result.ap["all"] is not None]
     shown = sorted(classes, key=lambda result: result.ap["all"] or 0)[:MAX_CLASSES]
-    use_font_for(tuple(result.name for result in shown))
+    use_font_for((title, *(result.name for result in shown)))
     total = analysis.total
 
     rows = [len(shown) + 2.5, len(total.ap) + 2.5]
     figure = new_figure(11, max(INCHES_PER_BAR * sum(rows) + 1, 4.5))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     scores = f"AP {total.ap['all']:.1f}, AP50 {analysis.ap50:.1f}"
-    figure.suptitle(f"{title}: {scores}", fontsize=13, parse_math=False)
+    figure.suptitle(f"{title}: {scores}", fontsize=13)
     grid = figure.add_gridspec(2, 2, height_ratios=rows, wspace=0.06)
     ap_unit = "AP, IoU 0.50 to 0.95 (%)\nin brackets: boxes of ground truth"
 
@@ -80,8 +80,7 @@ def _draw_bars(
     numbers = [NONE if value is None else f"{value:.1f}" for value in values]
     texts = [n + note for n, note in zip(numbers, notes or [""] * len(numbers), strict=True)]
     axes.bar_label(bars, texts, padding=3, color=GREY)
-    # Class names may contain dollar signs.
-    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,6 +1,7 @@
 """Names as they are, in matplotlib: no dollar sign begins a formula, and scripts need a font."""
 
 import logging
+import warnings
 from functools import cache
 from typing import Tuple
 
@@ -8,6 +9,8 @@ from matplotlib import font_manager, rcParams
 from matplotlib.ft2font import FT2Font
 
 rcParams["text.parse_math"] = False
+# Said once, by use_font_for.
+warnings.filterwarnings("ignore", message="Glyph .* missing from")
 
 
 @cache
@@ -36,4 +39,7 @@ def use_font_for(names: Tuple[str, ...]) -> None:
 
 @cache
 def _characters(file: str) -> frozenset:
-    return frozenset(FT2Font(file).get_charmap())
+    try:
+        return frozenset(FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):  # a font that matplotlib cannot read
+        return frozenset()

@@ -1,6 +1,6 @@
 """A few images of a dataset with detections and ground truth, for TensorBoard."""
 
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -22,12 +22,20 @@ class ValidationImages(DatasetEvaluator):
         dataset_name: a registered dataset.
         num_images: number of images, spread evenly over the dataset: always the same ones.
         threshold: minimum score of the detections that are drawn.
+        gray_range: ``INPUT.GRAY_RANGE``, None if it is not known.
     """
 
-    def __init__(self, dataset_name: str, num_images: int = 4, threshold: float = 0.5):
+    def __init__(
+        self,
+        dataset_name: str,
+        num_images: int = 4,
+        threshold: float = 0.5,
+        gray_range: Optional[float] = None,
+    ):
         self.dataset_name = dataset_name
         self.num_images = num_images
         self.threshold = threshold
+        self.gray_range = gray_range
         self.reset()
 
     def reset(self) -> None:
@@ -52,7 +60,9 @@ class ValidationImages(DatasetEvaluator):
         for record in self._records:
             image_id = record.get("image_id")
             if image_id in detections:
-                picture = draw_pair(record, detections[image_id], metadata)
+                picture = draw_pair(
+                    record, detections[image_id], metadata, gray_range=self.gray_range
+                )
                 get_event_storage().put_image(
                     f"{self.dataset_name}/{image_id}", picture.transpose(2, 0, 1)
                 )

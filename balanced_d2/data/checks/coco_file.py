@@ -1,10 +1,9 @@
-"""Checks of a COCO-format annotation file, before Detectron2's loader fails or ignores errors."""
+"""Checks of a COCO-format annotation file, before it is loaded."""
 
 from collections import Counter
 from typing import Callable, Container, Dict, List
 
 import numpy as np
-from detectron2.utils.file_io import PathManager
 
 from balanced_d2.data.checks.records import (
     Finding,
@@ -12,68 +11,43 @@ from balanced_d2.data.checks.records import (
     as_boxes,
     box_findings,
     check_boxes,
+    unit_findings,
 )
-from balanced_d2.data.datasets.coco import annotation_errors_in, gc_paused, parse_json
-from balanced_d2.utils.errors import UserError
+from balanced_d2.data.classes import same_names
+from balanced_d2.data.datasets.coco_json import gc_paused, is_side, label_in_file, read_coco
 
 
-def check_coco(name: str, json_file: str, evaluated: bool = False) -> List[Finding]:
-    """Find everything that is wrong in an annotation file.
+def check_coco(
+    name: str, json_file: str, evaluated: bool = False, masks: bool = False
+) -> List[Finding]:
+    """Find everything that is wrong in an annotation file, and what is read in another form.
 
     Args:
         name: the dataset, for the message.
         json_file: its annotations.
-        evaluated: whether detections will be evaluated on it. This requires more fields in the
-            annotations, but a file may also have no annotations, as for COCO's test images.
+        evaluated: whether detections will be evaluated on it. A file may then have no annotations,
+            as for COCO's test images.
+        masks: whether masks will be used: those that cannot be are then refused.
 
     Raises:
         UserError: if the file cannot be read or does not have the structure of COCO's files.
     """
     with gc_paused():
-        return findings_in(read_coco(name, json_file, evaluated), json_file, evaluated)
+        content, findings = read_coco(name, json_file, evaluated, masks)
+        return [*findings_in(content), *findings]
 
 
-def findings_in(content: Dict, json_file: str, evaluated: bool = False) -> List[Finding]:
-    """Find everything that is wrong in the content that :func:`read_coco` returns.
-
-    Args: as for :func:`check_coco`.
-    """
+def findings_in(content: Dict) -> List[Finding]:
+    """Find everything that is wrong in the content that ``read_coco`` returns."""
     images, annotations = content["images"], content.get("annotations", [])
-    # COCO's own minival has duplicate annotations, which Detectron2 allows for it.
-    duplicates_allowed = "minival" in json_file
     return [
         *_id_findings("image", images, (int, str)),
-        *_id_findings("annotation", [] if duplicates_allowed else annotations, (int,)),
         *_id_findings("category", content["categories"], (int,)),
         *_image_findings(images),
         *_category_findings(content["categories"]),
         *_reference_findings(content, annotations),
-        *_value_findings(images, annotations, evaluated),
+        *_value_findings(images, annotations),
     ]
-
-
-def read_coco(name: str, json_file: str, evaluated: bool = False) -> Dict:
-    """The content of an annotation file; arguments and errors as for :func:`check_coco`."""
-    with annotation_errors_in(name, json_file), gc_paused():
-        try:
-            with open(PathManager.get_local_path(json_file), "rb") as file:
-                content = parse_json(file.read())
-        except OSError as error:
-            raise UserError(
-                f"data set {name!r}: cannot read {json_file}: {error.strerror}"
-            ) from error
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object with images, annotations and categories")
-        for key in ("images", "annotations", "categories"):
-            if key not in content and not (key == "annotations" and evaluated):
-                raise ValueError(f"it has no {key!r}")
-            value = content.get(key, [])
-            if not isinstance(value, list) or not set(map(type, value)) <= {dict}:
-                raise ValueError(f"{key!r} is not a list of objects")
-        for key in ("images", "categories"):
-            if not content[key]:
-                raise ValueError(f"{key!r} is empty")
-    return content
 
 
 def _id_findings(kind: str, items: List[Dict], types: tuple) -> List[Finding]:
@@ -82,7 +56,7 @@ def _id_findings(kind: str, items: List[Dict], types: tuple) -> List[Finding]:
     # A mixture of numbers and strings cannot be sorted.
     valid_types = valid_types if len(valid_types) == 1 else {int}
     counts = Counter(i for i in ids if type(i) in valid_types)
-    plural = {"category": "categories"}.get(kind, f"{kind}(s)")
+    plural = {"category": "categories", "image": "image(s)"}[kind]
     findings = Findings()
     findings.refuse(
         f"{plural} have no valid id",
@@ -106,30 +80,47 @@ def _image_findings(images: List[Dict]) -> List[Finding]:
     findings = Findings()
     findings.refuse(
         "image(s) have no 'file_name'",
-        [i for i in images if not isinstance(i.get("file_name"), str) or not i["file_name"]],
+        [image for image in images if not _has_name(image, "file_name")],
         label,
         "give each the name of its file",
     )
     findings.refuse(
         "image(s) have no valid 'width' and 'height'",
-        [i for i in images if not (_is_side(i.get("width")) and _is_side(i.get("height")))],
+        [i for i in images if not (is_side(i.get("width")) and is_side(i.get("height")))],
         lambda i: f"{label(i)} ({i.get('width')!r} x {i.get('height')!r})",
         "set them to the image's size in pixels",
+    )
+    files = Counter(image["file_name"] for image in images if _has_name(image, "file_name"))
+    findings.add(
+        "kept, each with its own annotations only,",
+        "file(s) that belong to more than one image",
+        [file for file, count in files.items() if count > 1],
+        lambda file: f"{file} ({files[file]} images)",
     )
     return findings
 
 
-def _is_side(value) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+def _has_name(item: Dict, key: str) -> bool:
+    return isinstance(item.get(key), str) and bool(item[key].strip())
 
 
 def _category_findings(categories: List[Dict]) -> List[Finding]:
     findings = Findings()
     findings.refuse(
         "categories have no 'name'",
-        [category for category in categories if not isinstance(category.get("name"), str)],
+        [category for category in categories if not _has_name(category, "name")],
         lambda category: f"category {category.get('id')}",
         "name them",
+    )
+    named = [category for category in categories if _has_name(category, "name")]
+    findings.refuse(
+        "name(s) belong to more than one category, so that results could not tell them apart",
+        same_names([category["name"] for category in named]),
+        lambda where: (
+            f"{named[where[0]]['name']!r} (categories "
+            f"{', '.join(str(named[i].get('id')) for i in where)})"
+        ),
+        "rename one, or give the annotations of both the same category",
     )
     return findings
 
@@ -162,59 +153,44 @@ def _is_in(value, known: Container) -> bool:
         return False
 
 
-def _value_findings(images: List[Dict], annotations: List[Dict], evaluated: bool) -> List[Finding]:
+def _value_findings(images: List[Dict], annotations: List[Dict]) -> List[Finding]:
     def label(index: int) -> str:
-        annotation = annotations[index]
-        return f"annotation {annotation.get('id')} (image {annotation.get('image_id')})"
+        return label_in_file(annotations[index])
 
     boxes, four_numbers = as_boxes([annotation.get("bbox") for annotation in annotations])
     findings = Findings(box_findings(boxes, four_numbers, label))
     findings.refuse(
         'annotation(s) are marked "ignore", which Detectron2 does not support',
-        [i for i, annotation in enumerate(annotations) if annotation.get("ignore", 0) != 0],
+        [i for i, a in enumerate(annotations) if a.get("ignore") not in (None, 0, "0")],
         label,
         'remove them, or mark them "iscrowd"',
     )
-    if evaluated:
-        findings.refuse(
-            "annotation(s) lack 'area' or 'iscrowd', which COCO's metrics need",
-            [i for i, a in enumerate(annotations) if "area" not in a or "iscrowd" not in a],
-            label,
-            "add them",
-        )
-    findings += _part_findings(annotations, label)
+    findings.refuse(
+        "annotation(s) have an iscrowd that is neither 0 nor 1",
+        [i for i, a in enumerate(annotations) if a.get("iscrowd") not in (0, 1)],
+        lambda i: f"{label(i)} (iscrowd {annotations[i]['iscrowd']!r})",
+        "set it to 0, or to 1 for a group of objects",
+    )
+    findings += _keypoint_findings(annotations, label)
     sizes = {
         image["id"]: (image["width"], image["height"])
         for image in images
         if isinstance(image.get("id"), (int, str))
-        and _is_side(image.get("width"))
-        and _is_side(image.get("height"))
+        and is_side(image.get("width"))
+        and is_side(image.get("height"))
     }
     image_ids = [annotation.get("image_id") for annotation in annotations]
-    sizes_of_all = [sizes[i] if _is_in(i, sizes) else (np.nan, np.nan) for i in image_ids]
+    sizes_of_all = np.array(
+        [sizes[i] if _is_in(i, sizes) else (np.nan, np.nan) for i in image_ids], dtype=float
+    ).reshape(-1, 2)
+    findings += unit_findings(boxes, sizes_of_all, label)
     boxes[:, 2:] += boxes[:, :2]
-    checked = check_boxes(boxes, np.array(sizes_of_all, dtype=float).reshape(-1, 2))
-    return findings + checked.findings(label)
+    return findings + check_boxes(boxes, sizes_of_all).findings(label)
 
 
-def _part_findings(annotations: List[Dict], label: Callable[[int], str]) -> List[Finding]:
-    """Findings about masks and keypoints."""
-    formats = [_mask_format(annotation.get("segmentation")) for annotation in annotations]
+def _keypoint_findings(annotations: List[Dict], label: Callable[[int], str]) -> List[Finding]:
     keypoints = [annotation.get("keypoints") for annotation in annotations]
     findings = Findings()
-    findings.refuse(
-        "annotation(s) have a segmentation that is neither a list of polygons nor RLE",
-        [index for index, kind in enumerate(formats) if kind == "unknown"],
-        label,
-        "write each polygon as a list of its own, [[x, y, x, y, x, y, ...]]",
-    )
-    # Detectron2's loader drops these, even for a model without masks.
-    findings.add(
-        "dropped",
-        "annotation(s) whose segmentation has no polygon of at least three points",
-        [index for index, kind in enumerate(formats) if kind == "empty"],
-        label,
-    )
     findings.refuse(
         "annotation(s) have keypoints that are not a list of x, y, visibility",
         [i for i, points in enumerate(keypoints) if points and not _are_keypoints(points)],
@@ -222,17 +198,6 @@ def _part_findings(annotations: List[Dict], label: Callable[[int], str]) -> List
         "fix or remove them",
     )
     return findings
-
-
-def _mask_format(segmentation) -> str:
-    if not segmentation:
-        return "absent"
-    if isinstance(segmentation, dict):
-        return "rle" if segmentation.keys() >= {"size", "counts"} else "unknown"
-    if not isinstance(segmentation, list) or not set(map(type, segmentation)) <= {list}:
-        return "unknown"
-    has_area = any(len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in segmentation)
-    return "polygons" if has_area else "empty"
 
 
 def _are_keypoints(points) -> bool:

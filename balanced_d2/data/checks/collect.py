@@ -3,15 +3,17 @@
 import logging
 import os
 from contextlib import contextmanager
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.data import MetadataCatalog
-from PIL import Image, ImageOps
 
 from balanced_d2.data.checks.coco_file import check_coco
 from balanced_d2.data.checks.for_model import check_files, coco_file, load
+from balanced_d2.data.checks.image_files import missing_findings, missing_images, with_files
+from balanced_d2.data.checks.image_headers import header_findings, read_headers
 from balanced_d2.data.checks.records import Finding, Findings, examine
 from balanced_d2.data.classes import check_names
+from balanced_d2.data.image import ImageError, read_image
 from balanced_d2.utils.errors import UserError
 
 
@@ -46,18 +48,24 @@ def _silent_warnings():
         logging.disable(logging.NOTSET)
 
 
+def file_findings(records: Sequence[Dict]) -> List[Finding]:
+    """What is wrong with the images, as far as listings of their folders and headers say."""
+    missing = missing_images(records)
+    present = with_files(records, missing)
+    headers = header_findings(present, read_headers(present), may_skip=False)
+    return [*missing_findings(missing), *headers]
+
+
 def image_problem(record: Dict) -> Optional[str]:
     """Open and completely decode the image of a record; return why it cannot be trained on."""
     path = record["file_name"]
     try:
-        with Image.open(path) as image:
-            image.load()
-            # Detectron2 rotates images by their EXIF data before it checks their size.
-            size = ImageOps.exif_transpose(image).size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error) or type(error).__name__
+        height, width = read_image(path).shape[:2]
+    except ImageError as error:
+        reason = str(error).removeprefix(f"cannot read the image {path}: ")
         return reason if os.path.exists(path) else "does not exist"
-    expected = (record.get("width", size[0]), record.get("height", size[1]))
+    size = (width, height)
+    expected = (record.get("width", width), record.get("height", height))
     return None if size == expected else "is {} x {}, not {} x {}".format(*size, *expected)
 
 

@@ -18,8 +18,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from balanced_d2.data.adapted import Change
 from balanced_d2.data.checks.coco_file import check_coco
-from balanced_d2.data.checks.image_files import missing_findings, missing_images
-from balanced_d2.data.checks.records import Finding, Findings, clean, label_of, report
+from balanced_d2.data.checks.image_files import missing_findings, missing_images, with_files
+from balanced_d2.data.checks.image_headers import Header, header_findings, read_headers
+from balanced_d2.data.checks.records import (
+    Finding,
+    Findings,
+    clean,
+    label_of,
+    left_out_findings,
+    report,
+)
 from balanced_d2.data.classes import (
     check_known,
     check_names,
@@ -29,7 +37,7 @@ from balanced_d2.data.classes import (
     numbers_in,
     some,
 )
-from balanced_d2.data.datasets.coco import annotation_errors_in
+from balanced_d2.data.datasets.coco_json import annotation_errors_in
 from balanced_d2.data.train_samplers import SAMPLERS
 from balanced_d2.utils.errors import UserError, check_choice
 from balanced_d2.utils.progress import WithBar
@@ -45,6 +53,8 @@ class CheckedData(NamedTuple):
     """The names of the model's classes, in its order; None if the data do not say them."""
     changes: Dict[str, Change]
     """The datasets to :func:`~balanced_d2.data.adapted.adapt`."""
+    deep: List[str]
+    """The datasets with gray images of more than 8 bits, as far as a sample of them shows."""
 
 
 def check_datasets(
@@ -82,32 +92,42 @@ def check_datasets(
     names = list(dict.fromkeys((*trained, *evaluated)))
     classes: Dict[str, List[str]] = {}
     missing: Dict[str, Dict[str, str]] = {}
+    deep: List[str] = []
     for name in names:
         check_registered(name)
     for name in WithBar(names, desc="checking data", unit="dataset"):
         check_files(name)
         json_file = coco_file(name)
         if annotations and json_file:
-            findings = check_coco(name, json_file, evaluated=name in evaluated)
+            in_file = check_coco(name, json_file, name in evaluated, cfg.MODEL.MASK_ON)
             # Loading drops or clips the others, and warns about them.
-            report(name, [finding for finding in findings if finding.refused], json_file)
+            report(name, [finding for finding in in_file if finding.refused], json_file)
         records = load(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")
         of_this = MetadataCatalog.get(name).get("thing_classes")
         if of_this is not None:
             classes[name] = [str(each) for each in of_this]
+        findings: List[Finding] = []
         if annotations:
             check_names(name, classes.get(name, []))
             missing[name] = missing_images(records)
-            findings = list(missing_findings(missing[name]))
             if missing[name] and cfg.DATALOADER.SKIP_BAD_IMAGES:
                 _check_left_out(name, missing[name], len(records), name in evaluated)
-                records = [r for r in records if r.get("file_name") not in missing[name]]
-                findings = []
+                records = with_files(records, missing[name])
+            else:
+                findings += missing_findings(missing[name])
+        present = with_files(records, missing.get(name, ()))
+        headers = read_headers(present)
+        if any(isinstance(header, Header) and header.is_deep for header in headers.values()):
+            deep.append(name)
+        if annotations:
+            skip = cfg.DATALOADER.SKIP_BAD_IMAGES and name not in evaluated
+            findings += header_findings(present, headers, skip)
             records = clean(name, records)
             report(name, [*findings, *model_findings(cfg, name, records, name in trained)])
             if name in trained:
+                report(name, left_out_findings(records, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
                 usable += sum(1 for _ in _usable(records))
                 usable += sum("sem_seg_file_name" in record for record in records)
     if trained and annotations and not usable:
@@ -120,7 +140,7 @@ def check_datasets(
             check_num_classes(cfg, model, _whose(trained or evaluated[:1]))
         if num_classes_key(cfg)[1] != len(model):  # as with a mapper that changes them
             model = None
-    return CheckedData(model, _changes(classes, missing, model, evaluated, annotations))
+    return CheckedData(model, _changes(classes, missing, model, evaluated, annotations), deep)
 
 
 def _model_classes(

@@ -1,7 +1,7 @@
 """Whether the files of a dataset's images exist, by listings of their folders."""
 
 import os
-from typing import Dict, Mapping, Sequence, Set
+from typing import Collection, Dict, List, Mapping, Sequence, Set
 
 from balanced_d2.data.checks.records import Findings
 
@@ -31,6 +31,11 @@ def missing_images(records: Sequence[Dict]) -> Dict[str, str]:
             if name not in listings[folder] and not os.path.isfile(path):
                 missing.setdefault(os.fspath(record.get("file_name", path)), path)
     return missing
+
+
+def with_files(records: Sequence[Dict], missing: Collection[str]) -> List[Dict]:
+    """The records without those that :func:`missing_images` has found."""
+    return [r for r in records if os.fspath(r.get("file_name", "")) not in missing]
 
 
 def missing_findings(missing: Mapping[str, str]) -> Findings:

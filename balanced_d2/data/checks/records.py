@@ -32,6 +32,8 @@ class Finding(NamedTuple):
     """Where it occurs, each such as "annotation 7 (image 99)"."""
     advice: str = ""
     """How to fix it, if it is refused."""
+    is_usual: bool = False
+    """Whether it is information and no warning."""
 
     @property
     def refused(self) -> bool:
@@ -39,7 +41,8 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         more = ", ..." if len(self.examples) > MAX_EXAMPLES else ""
-        where = f"{self.what}: {', '.join(self.examples[:MAX_EXAMPLES])}{more}"
+        examples = ", ".join(self.examples[:MAX_EXAMPLES])
+        where = " ".join(f"{self.what}: {examples}{more}".splitlines())
         if self.refused:
             return f"{len(self.examples)} {where}; refused: {self.advice}"
         return f"{self.outcome} {len(self.examples)} {where}"
@@ -76,7 +79,7 @@ class Findings(List[Finding]):
 
 
 def report(name: str, findings: Sequence[Finding], source: str = "") -> None:
-    """Log each finding that is not refused as a warning, once; then refuse the others together.
+    """Log each finding that is not refused, once; then refuse the others together.
 
     Args:
         name: the dataset.
@@ -88,7 +91,8 @@ def report(name: str, findings: Sequence[Finding], source: str = "") -> None:
     where = f"data set {name!r}: " + (f"{source}: " if source else "")
     for finding in findings:
         if not finding.refused:
-            log_first_n(logging.WARNING, f"{where}{finding}", key="message")
+            level = logging.INFO if finding.is_usual else logging.WARNING
+            log_first_n(level, f"{where}{finding}", key="message")
     refused = [str(finding) for finding in findings if finding.refused]
     if refused:
         raise UserError(where + "; ".join(refused))
@@ -304,4 +308,81 @@ def box_findings(
         label,
         "fix or remove them",
     )
+    return findings
+
+
+def unit_findings(
+    boxes: np.ndarray, sizes: np.ndarray, label: Callable[[int], str]
+) -> List[Finding]:
+    """Refuse boxes whose numbers cannot be x, y, width and height in pixels.
+
+    Args:
+        boxes: (N, 4), as a file has them; rows with NaN are left alone.
+        sizes: (N, 2), width and height of each box's image, NaN if unknown.
+        label: returns the text for a box by its index.
+    """
+    findings = Findings()
+    start, size = boxes[:, :2], boxes[:, 2:]
+    real = np.all(size > 0, axis=1)
+    # Smaller than a pixel, in the corner of its image.
+    fractions = real & np.all((start >= 0) & (start + size <= 1.001) & (sizes > 4), axis=1)
+    fractions &= (boxes != np.round(boxes)).any(axis=1)
+    few = fractions.sum() < FEW * real.sum()
+    findings.add(
+        "kept" if few else "refused",
+        "annotation(s) whose box lies within the first pixel, as fractions of an image do,",
+        np.flatnonzero(fractions),
+        lambda i: _with_box(label(i), boxes[i]),
+        "boxes are x, y, width, height in pixels: multiply them by the image's width and height",
+    )
+    # As corners, they would all lie in their images; as sizes, many reach far out of them.
+    corners = np.all((start > -ROUNDING) & (size > start) & (size <= sizes + ROUNDING), axis=1)
+    beyond = real & (start + size > sizes * (1 + FEW)).any(axis=1)
+    if corners.sum() >= 0.99 * real.sum() and beyond.sum() >= MANY * max(real.sum(), 1):
+        findings.refuse(
+            "annotation(s) have a box that leaves its image, but not if its numbers are corners",
+            np.flatnonzero(beyond & corners),
+            lambda i: _with_box(label(i), boxes[i]),
+            "they seem to be x1, y1, x2, y2: COCO's format has x, y, width, height",
+        )
+    return findings
+
+
+# Shares of a data set's boxes.
+FEW = 0.1
+MANY = 0.3
+
+
+def _with_box(label: str, box: np.ndarray) -> str:
+    return f"{label}: [{', '.join(f'{value:g}' for value in box)}]"
+
+
+def left_out_findings(records: Sequence[Dict], filter_empty: bool) -> List[Finding]:
+    """What training leaves out, though nothing is wrong with it.
+
+    Args:
+        filter_empty: ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``.
+    """
+    findings = Findings()
+    crowds = [
+        (record, annotation)
+        for record in records
+        for annotation in record.get("annotations", ())
+        if annotation.get("iscrowd", 0)
+    ]
+    findings.add(
+        "left out",
+        "annotation(s) that are marked iscrowd, for groups of objects (CVAT marks masks so)",
+        crowds,
+        lambda item: label_of(*item),
+    )
+    empty = [
+        record.get("file_name", f"image {record.get('image_id')}")
+        for record in records
+        if "annotations" in record and all(a.get("iscrowd", 0) for a in record["annotations"])
+    ]
+    if empty:
+        outcome = "left out" if filter_empty else "kept as background"
+        what = "image(s) without objects (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
+        findings.append(Finding(outcome, what, empty, is_usual=True))
     return findings

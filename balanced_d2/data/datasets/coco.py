@@ -1,18 +1,21 @@
 """COCO-format datasets, with errors that tell the user what is wrong."""
 
-import gc
-import json
 import logging
 import os
-from contextlib import contextmanager
-from typing import Any, Callable, ContextManager, Dict, List
+from typing import Callable, Dict, List, Sequence
 
-import orjson
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 
-from balanced_d2.data.checks.records import clean
-from balanced_d2.utils.errors import UserError, raise_user_errors
+from balanced_d2.data.checks.records import Findings, clean, report
+from balanced_d2.data.datasets.coco_json import (
+    annotation_errors_in,
+    compressed,
+    gc_paused,
+    read_coco,
+)
+from balanced_d2.data.datasets.image_paths import find_images
+from balanced_d2.utils.errors import UserError
 
 
 def register_coco(
@@ -50,11 +53,12 @@ def register_coco(
 
 
 def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
-    """Load a COCO-format dataset with Detectron2's loader.
+    """Load a COCO-format dataset as annotation tools write it.
 
-    Its boxes are cleaned (:func:`balanced_d2.data.checks.records.clean`). The names of keypoints
-    become metadata; those with "left" and "right" in their names are swapped when an image is
-    flipped.
+    How what they write is read: :mod:`balanced_d2.data.datasets.coco_json`; how the images are
+    found: :func:`balanced_d2.data.datasets.image_paths.find_images`. The boxes are cleaned
+    (:func:`balanced_d2.data.checks.records.clean`). The names of keypoints become metadata; those
+    with "left" and "right" in their names are swapped when an image is flipped.
 
     Returns:
         Detectron2's standard dataset dicts; each annotation keeps its ``id`` from the file.
@@ -67,38 +71,27 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         raise UserError(f"data set {name!r}: annotation file {json_file} does not exist")
     if not os.path.isdir(image_root):
         raise UserError(f"data set {name!r}: image folder {image_root} does not exist")
-    with annotation_errors_in(name, json_file), gc_paused(), _no_mapping_warning():
-        records = load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
-        if any("keypoints" in annotation for r in records for annotation in r["annotations"]):
-            _set_keypoints(name, json_file)
+    with annotation_errors_in(name, json_file), gc_paused():
+        content, findings = read_coco(name, json_file, evaluated=True)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        _set_metadata(name, categories)
+        images = sorted(content["images"], key=lambda image: image["id"])
+        records = _records(images, content.get("annotations", []), categories)
+        _find_files(records, image_root, findings)
+    report(name, findings, json_file)
+    logging.getLogger(__name__).info(f"Loaded {len(records)} images from {json_file}")
     return clean(name, records, json_file)
 
 
-@contextmanager
-def _no_mapping_warning():
-    """Context manager in which Detectron2 does not warn that it renumbers the categories: it always
-    does, and there is nothing to fix."""
-    logger = logging.getLogger(load_coco_json.__module__)
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "apply a mapping" not in record.getMessage()
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
-
-
-def _set_keypoints(name: str, json_file: str) -> None:
-    """Add the names of the keypoints to the metadata, and which ones are swapped by a flip.
-
-    Detectron2 needs them to train on keypoints, but does not read them.
-    """
-    with open(json_file, "rb") as file:
-        categories = parse_json(file.read())["categories"]
-    names = next((c["keypoints"] for c in categories if "keypoints" in c), None)
+def _set_metadata(name: str, categories: Sequence[Dict]) -> None:
+    """Add classes and keypoints to the metadata, as Detectron2 does; it does not read the names of
+    keypoints, but needs them to train."""
     metadata = MetadataCatalog.get(name)
+    metadata.thing_classes = [category["name"] for category in categories]
+    metadata.thing_dataset_id_to_contiguous_id = {
+        category["id"]: number for number, category in enumerate(categories)
+    }
+    names = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
     if names is None or metadata.get("keypoint_names") is not None:
         return
     flipped = [(a, a.replace("left", "right")) for a in names if "left" in a]
@@ -107,34 +100,61 @@ def _set_keypoints(name: str, json_file: str) -> None:
     )
 
 
-def annotation_errors_in(name: str, source: str) -> ContextManager[None]:
-    """Context manager that turns errors of Detectron2's loaders into :class:`UserError`."""
-    return raise_user_errors(
-        f"data set {name!r}: {source} is not a valid annotation file",
-        *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
-        explain=lambda error: (
-            f"no {error}" if isinstance(error, KeyError) else str(error) or "empty"
-        ),
+def _records(
+    images: Sequence[Dict], annotations: Sequence[Dict], categories: Sequence[Dict]
+) -> List[Dict]:
+    """What Detectron2's own loader makes of a file, which drops boxes with an empty mask."""
+    numbers = {category["id"]: number for number, category in enumerate(categories)}
+    records = {
+        image["id"]: {
+            "file_name": _field(image, "file_name", "image"),
+            "height": _field(image, "height", "image"),
+            "width": _field(image, "width", "image"),
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for image in images
+    }
+    for annotation in annotations:
+        record = records.get(annotation["image_id"])
+        if record is None:
+            continue
+        category = annotation["category_id"]
+        if category not in numbers:
+            raise ValueError(f"annotation {annotation['id']} has the unknown category {category}")
+        if annotation.get("ignore") not in (None, 0, False, "0"):
+            raise ValueError(f'annotation {annotation["id"]} is marked "ignore"')
+        kept = {key: annotation[key] for key in ("id", "iscrowd", "bbox") if key in annotation}
+        kept["category_id"] = numbers[category]
+        kept["bbox_mode"] = BoxMode.XYWH_ABS
+        mask = annotation.get("segmentation")
+        if mask:
+            kept["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
+        if annotation.get("keypoints"):
+            # From indices of pixels to coordinates of their centres.
+            kept["keypoints"] = [
+                value if index % 3 == 2 else value + 0.5
+                for index, value in enumerate(annotation["keypoints"])
+            ]
+        record["annotations"].append(kept)
+    return list(records.values())
+
+
+def _field(item: Dict, key: str, kind: str):
+    value = item.get(key)
+    if value is None:
+        raise ValueError(f"{kind} {item['id']} has no {key!r}")
+    return value
+
+
+def _find_files(records: List[Dict], image_root: str, findings: Findings) -> None:
+    names = [record["file_name"] for record in records]
+    found = find_images(image_root, names)
+    for record, path in zip(records, found.paths):
+        record["file_name"] = path
+    findings.add(
+        "found by another name",
+        "image(s)",
+        found.renamed,
+        lambda index: f"{names[index]} is {found.paths[index]}",
     )
-
-
-def parse_json(text: bytes) -> Any:
-    """Parse JSON quickly, with the NaN, infinity and errors of Python's own parser."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        # Raised for NaN too, which only Python's parser accepts; later checks report where it is.
-        return json.loads(text)
-
-
-@contextmanager
-def gc_paused():
-    """Context manager without garbage collection, for reading large files: the collector would scan
-    everything again and again in vain, and take half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -4,7 +4,8 @@ import os
 import re
 from typing import Dict, List, NamedTuple, Optional
 
-from balanced_d2.data.datasets.coco import parse_json
+from balanced_d2.data.datasets.coco_json import parse_json
+from balanced_d2.data.datasets.image_paths import find_images
 from balanced_d2.data.datasets.source import SPLITS, split_in
 from balanced_d2.utils.errors import UserError
 
@@ -23,7 +24,7 @@ def json_content(path: str) -> object:
     """What is in a JSON file; None if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return parse_json(file.read().removeprefix(b"\xef\xbb\xbf"))
+            return parse_json(file.read())
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -86,8 +87,13 @@ def _image_root(path: str, content: Dict, root: str, image_dir: Optional[str]) -
     def found(candidate: str) -> int:
         return sum(os.path.isfile(os.path.join(candidate, n)) for n in file_names if "\0" not in n)
 
+    def found_in_any_spelling(candidate: str) -> int:
+        return len(file_names) - len(find_images(candidate, file_names).missing)
+
     best = max(candidates, key=found)
-    if file_names and not found(best):
+    if not found(best):
+        best = max(candidates, key=found_in_any_spelling)
+    if file_names and not found_in_any_spelling(best):
         where = image_dir or f"{folder} and folders near it"
         raise UserError(
             f"{path}: its images, such as {file_names[0]}, have not been found in {where}; give "

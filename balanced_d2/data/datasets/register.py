@@ -12,9 +12,9 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.utils.logger import log_first_n
 
-from balanced_d2.data.checks.coco_file import read_coco
 from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.datasets.coco_files import CocoFile
+from balanced_d2.data.datasets.coco_json import read_coco
 from balanced_d2.data.datasets.look import Found, look
 from balanced_d2.data.datasets.source import SPLITS, Labelled, as_coco
 from balanced_d2.data.datasets.split import split_content
@@ -112,7 +112,8 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
             raise UserError(f"{path} already has a split; leave out --split")
         if not isinstance(found, Labelled):
             (file,) = found.values()
-            contents, root = {"": read_coco(name, file.json_file)}, file.image_root
+            content, findings = read_coco(name, file.json_file)
+            contents, root, notes = {"": content}, file.image_root, tuple(map(str, findings))
         (content,) = contents.values()
         contents, more = split_content(content, fraction)
         notes += more
