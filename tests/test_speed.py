@@ -93,6 +93,22 @@ def test_convolutions_in_the_precision_that_is_faster(conv, gains):
     assert model.eval()(x).dtype == torch.float32
 
 
+@needs_bfloat16
+def test_scores_and_boxes_are_predicted_in_float32():
+    cfg = config()
+    torch.manual_seed(0)
+    model, outputs = build_model(cfg), {}
+    autocast(model, "cpu", training=True)
+    for name, module in model.roi_heads.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, x, y, name=name: outputs.update({name: y.dtype}))
+    model.train()
+    with EventStorage():
+        model([labelled_image()])
+    assert outputs["box_head.fc1"] == torch.bfloat16
+    assert outputs["box_predictor.cls_score"] == outputs["box_predictor.bbox_pred"] == torch.float32
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_mixed_precision_only_where_it_is_faster(fast, monkeypatch, caplog):
     monkeypatch.setattr(speed, "has_fast_bfloat16", lambda: fast)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import nn
 
 from balanced_d2.modeling.fold_norm import fold_norm, mix_in
@@ -65,11 +66,7 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     dtype = torch.float16
     if device_type == "cpu":
         dtype = torch.bfloat16
-        for module in model.modules():
-            if not isinstance(module, nn.Conv2d) or isinstance(module, _InFloat32):
-                continue
-            if _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16:
-                mix_in(_InFloat32, module)
+        _keep_float32(model)
 
     def forward_in_mixed_precision(*args, **kwargs):
         if model.training != training:
@@ -80,6 +77,22 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     model.forward = forward_in_mixed_precision  # as torch.autocast does with a function
 
 
+def _keep_float32(model: nn.Module) -> None:
+    """Let the layers stay in float32 that gain nothing from bfloat16, and those whose results are
+    the scores and boxes of RoI heads, which bfloat16 would round to 8 bits."""
+    kept = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16
+    ]
+    for module in model.modules():
+        if isinstance(module, FastRCNNOutputLayers):
+            kept += [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    for module in kept:
+        if not isinstance(module, _InFloat32):
+            mix_in(_InFloat32, module)
+
+
 def _multiply_adds_per_value(conv: nn.Conv2d) -> float:
     """How much a convolution computes with each value that it reads or writes."""
     height, width = conv.kernel_size
@@ -88,7 +101,7 @@ def _multiply_adds_per_value(conv: nn.Conv2d) -> float:
 
 
 class _InFloat32(nn.Module):
-    """Mixed into the class of convolutions that bfloat16 does not make faster."""
+    """Mixed into the class of a layer that computes in float32 whatever surrounds it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
