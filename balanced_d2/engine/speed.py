@@ -4,6 +4,7 @@ import ctypes
 import logging
 import re
 from pathlib import Path
+from typing import List
 
 import torch
 from detectron2.config import CfgNode
@@ -80,7 +81,7 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
 def _keep_float32(model: nn.Module) -> None:
     """Let the layers stay in float32 that gain nothing from bfloat16, and those whose results are
     the scores and boxes of RoI heads, which bfloat16 would round to 8 bits."""
-    kept = [
+    kept: List[nn.Module] = [
         module
         for module in model.modules()
         if isinstance(module, nn.Conv2d) and _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16
