@@ -7,6 +7,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tu
 
 from PIL import Image, UnidentifiedImageError
 
+from balanced_d2.data.image import size_of
 from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.progress import WithBar
 
@@ -150,18 +151,13 @@ def image_size(path: str) -> Tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            try:
-                orientation = image.getexif().get(0x0112)
-            except Exception:  # Detectron2 ignores EXIF data that cannot be read, too
-                orientation = None
+            return size_of(image)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image") from error
     except Exception as error:  # Pillow's formats raise errors of many types
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
 def list_files(folder: str) -> List[str]:
