@@ -9,6 +9,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from balanced_d2.modeling.feature_backbone import FeatureBackbone
+
 
 def fold_norm(model: nn.Module) -> None:
     """Let the convolutions of a model compute the batch norms that follow them.
@@ -115,9 +117,6 @@ def _is_norm(module: object) -> bool:
 
 def _pairs(model: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
     """Each convolution with the norm that is all that reads its output."""
-    # Imported late, since it is only needed to find those networks.
-    from balanced_d2.modeling.feature_backbone import FeatureBackbone
-
     for module in model.modules():
         if isinstance(module, Conv2d) and _is_norm(module.norm):
             yield module, module.norm

@@ -40,7 +40,7 @@ def find_images(root: str, names: Sequence[str]) -> Found:
         path = listing.closest(root, names[index])
         if path:
             owners.setdefault(path, []).append(index)
-    given = {paths[index] for index in range(len(paths))} if owners else set()
+    given = set(paths)
     renamed = []
     for path, indices in owners.items():
         # Several names of one file may be several images of which the others are missing.
