@@ -11,8 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import nn
 
-from balanced_d2.modeling.fold_norm import fold_norm, mix_in
+from balanced_d2.modeling.fold_norm import fold_norm
 from balanced_d2.modeling.roi_align import use_sparse_roi_align
+from balanced_d2.utils.mix_in import mix_in
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """Batch norm computed by the convolution before it."""
 
 import copy
-import functools
 from typing import Any, Iterator, Tuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from balanced_d2.modeling.feature_backbone import FeatureBackbone
+from balanced_d2.utils.mix_in import mix_in
 
 
 def fold_norm(model: nn.Module) -> None:
@@ -30,17 +30,6 @@ def fold_norm(model: nn.Module) -> None:
             mix_in(_FoldingConv, conv)
             conv.__dict__["folded"] = folded
             mix_in(_FoldedNorm, norm)
-
-
-def mix_in(mixin: type, module: nn.Module) -> None:
-    """Let the methods of ``mixin`` come before those of a module's class, for this module alone."""
-    cls: Any = type(module)
-    module.__class__ = _mixed(mixin, cls)
-
-
-@functools.cache
-def _mixed(mixin: Any, cls: Any) -> type:
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
 
 
 class _Folded:
