@@ -76,6 +76,7 @@ def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
         if num_restarts > 0:
             args.resume, args.overwrite = True, False
         main(args)
+        comm.synchronize()  # a process that leaves early breaks connections that others still use
     finally:
         distributed.destroy_process_group()
 
