@@ -105,9 +105,9 @@ def _multiply_adds_per_value(conv: nn.Conv2d) -> float:
 class _InFloat32(nn.Module):
     """Mixed into the class of a layer that computes in float32 whatever surrounds it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.float(), *args)
 
 
 def has_fast_bfloat16() -> bool:

@@ -8,6 +8,7 @@ Adaptive pooling to a size that is only known at run time is not an ONNX operato
 is, a choice of rows and columns.
 """
 
+import functools
 from typing import Sequence
 
 import torch
@@ -89,10 +90,8 @@ def _is_multiple(length: int, of: int) -> bool:
 
 def _max_of_blocks(x: torch.Tensor, dim: int, number: int) -> torch.Tensor:
     """The maxima along one dimension of that many blocks of equal length."""
-    blocks = x.unflatten(dim, (number, -1))
-    if blocks.shape[dim + 1] == 2:  # faster on CPUs than amax
-        return torch.maximum(*blocks.unbind(dim + 1))
-    return blocks.amax(dim + 1)
+    # Several times faster on CPUs than amax, which is not vectorised over channels_last.
+    return functools.reduce(torch.maximum, x.unflatten(dim, (number, -1)).unbind(dim + 1))
 
 
 def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:

@@ -1,25 +1,32 @@
-"""Batch norm computed by the convolution before it."""
+"""Batch norms, activations and sums computed by the convolution before them."""
 
 import copy
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from balanced_d2.layers.fused_conv import can_fuse, fused_conv
 from balanced_d2.modeling.feature_backbone import FeatureBackbone
 from balanced_d2.utils.mix_in import mix_in
 
+RELU = nn.ReLU(inplace=True)
+
 
 def fold_norm(model: nn.Module) -> None:
-    """Let the convolutions of a model compute the batch norms that follow them.
+    """Let the convolutions of a model compute what follows them.
 
     A norm of fixed statistics is an affine function of each channel, so that a convolution of
     scaled weights and another bias gives the same within rounding: :math:`s (W * x) + b = (s W) * x
     + b`, :math:`s = \\gamma / \\sqrt{\\sigma^2 + \\epsilon}`, :math:`b = \\beta - \\mu s`. This
     holds for frozen norms, and for all others in evaluation mode; in training mode these stay as
-    they are. Weights, their gradients and the names in the state dict do not change.
+    they are. Where no gradient is computed, activations and the sums of residual blocks are
+    computed in the same pass over the output (:mod:`balanced_d2.layers.fused_conv`). Weights, their
+    gradients and the names in the state dict do not change.
 
     Covers the convolutions of Detectron2 and networks whose data flow can be traced, as those of
     timm and torchvision. Norms without statistics (GroupNorm) are left alone.
@@ -29,36 +36,67 @@ def fold_norm(model: nn.Module) -> None:
             folded = _Folded(conv, norm)
             mix_in(_FoldingConv, conv)
             conv.__dict__["folded"] = folded
-            mix_in(_FoldedNorm, norm)
+            if norm is not None:
+                mix_in(_FoldedNorm, norm)
+    for module in list(model.modules()):
+        if type(module) in (BasicBlock, BottleneckBlock):
+            mix_in(_FoldedBlock, module)
+        elif type(module) is BasicStem:
+            mix_in(_FoldedStem, module)
 
 
 class _Folded:
-    """What a convolution computes with its norm. No module, so that it is in no state dict."""
+    """What a convolution computes with what follows it. No module, so that it is in no state
+    dict."""
 
-    def __init__(self, conv: nn.Module, norm: nn.Module):
-        self.norm: Any = norm
-        # The convolution as it was, to be called with other weights.
+    def __init__(self, conv: Any, norm: Any):
+        self.norm = norm
+        # timm's norms hold the activation after them, Detectron2's convolutions their own.
+        self.activation = getattr(norm, "act", getattr(conv, "activation", None))
+        if isinstance(self.activation, nn.Identity):
+            self.activation = None
+        self.is_plain = type(conv).forward in (nn.Conv2d.forward, Conv2d.forward)
+        # The convolution alone, to be called with other weights.
         self.conv = copy.copy(conv)
+        self.conv.__dict__["_modules"] = dict.fromkeys(conv._modules)
+        if isinstance(conv, Conv2d):
+            self.conv.activation = None
         self.key: object = None
-        self.weights: Tuple[torch.Tensor, torch.Tensor]
+        self.weights: Tuple[torch.Tensor, Any]
 
-    def __call__(self, conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._weights(conv)
+    def __call__(self, conv: nn.Module, x: torch.Tensor, activation, add) -> torch.Tensor:
+        activation = activation or self.activation
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight, bias = self._weights(conv, x.dtype)
+        if self.is_plain and can_fuse(self.conv, x, weight, bias, activation, add):
+            return fused_conv(self.conv, x, weight, bias, activation, add)
         self.conv.__dict__["_parameters"] = {"weight": weight, "bias": bias}
-        return self.conv.forward(x)
+        x = self.conv.forward(x)
+        if add is not None:
+            x += add
+        return x if activation is None else activation(x)
 
-    def _weights(self, conv: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _weights(self, conv: Any, dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
         """Of shapes (O, I, H, W) and (O,), computed anew only where they can have changed."""
         norm = self.norm
-        read = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        read = [conv.weight, conv.bias]
+        if norm is not None:
+            read += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         tensors = [tensor for tensor in read if tensor is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return _fold(*read, norm.eps)
-        key = [(tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors]
+            return self._fold(read, dtype)
+        key = [dtype, *((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)]
         if key != self.key:
             with torch.no_grad():
-                self.key, self.weights = key, _fold(*read, norm.eps)
+                self.key, self.weights = key, self._fold(read, dtype)
         return self.weights
+
+    def _fold(self, read: list, dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
+        weight, bias, *norm = read
+        if norm:
+            weight, bias = _fold(weight, bias, *norm, eps=self.norm.eps)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _fold(weight, conv_bias, gamma, beta, mean, var, eps):
@@ -71,27 +109,59 @@ def _fold(weight, conv_bias, gamma, beta, mean, var, eps):
 
 
 class _FoldingConv(nn.Module):
-    """Mixed into the class of a convolution that computes the norm after it, too."""
+    """Mixed into the class of a convolution that computes what follows it, too."""
 
     folded: _Folded
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _is_folded(self.folded.norm):
-            return self.folded(self, x)
+    def forward(
+        self,
+        x: torch.Tensor,
+        activation: Optional[nn.Module] = None,
+        add: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """``activation(norm(conv(x)) + add)``. A sum and an activation other than the
+        convolution's own are only given where :meth:`is_folded`."""
+        if self.is_folded():
+            return self.folded(self, x, activation, add)
         return super().forward(x)
+
+    def is_folded(self) -> bool:
+        return _is_folded(self.folded.norm)
 
 
 class _FoldedNorm(nn.Module):
     """Mixed into the class of a norm whose convolution has computed it already."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _is_folded(self):
+        return x if _is_folded(self) else super().forward(x)
+
+
+class _FoldedBlock(nn.Module):
+    """Mixed into the class of a residual block of two or three convolutions."""
+
+    shortcut: Optional[nn.Module]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        names = [name for name in ("conv1", "conv2", "conv3") if hasattr(self, name)]
+        convs = [getattr(self, name) for name in names]
+        if not all(isinstance(conv, _FoldingConv) and conv.is_folded() for conv in convs):
             return super().forward(x)
-        # timm's norms hold what follows them.
-        for name in ("drop", "act"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+        *first, last = convs
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        for conv in first:
+            x = conv(x, RELU)
+        return last(x, RELU, shortcut)
+
+
+class _FoldedStem(nn.Module):
+    """Mixed into the class of a ResNet's stem."""
+
+    conv1: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (isinstance(self.conv1, _FoldingConv) and self.conv1.is_folded()):
+            return super().forward(x)
+        return F.max_pool2d(self.conv1(x, RELU), kernel_size=3, stride=2, padding=1)
 
 
 def _is_folded(norm: nn.Module) -> bool:
@@ -104,11 +174,14 @@ def _is_norm(module: object) -> bool:
     return isinstance(module, FrozenBatchNorm2d) or "FrozenBatchNorm" in type(module).__name__
 
 
-def _pairs(model: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
-    """Each convolution with the norm that is all that reads its output."""
+def _pairs(model: nn.Module) -> Iterator[Tuple[nn.Module, Optional[nn.Module]]]:
+    """Each convolution with the norm that is all that reads its output, or with none if it has an
+    activation."""
     for module in model.modules():
         if isinstance(module, Conv2d) and _is_norm(module.norm):
             yield module, module.norm
+        elif isinstance(module, Conv2d) and module.norm is None and module.activation is not None:
+            yield module, None
         elif isinstance(module, FeatureBackbone):
             yield from _traced_pairs(module.network)
 
@@ -128,10 +201,13 @@ def _traced_pairs(network: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module]]:
     except Exception:  # what Python code does with a traced value is not foreseeable
         return
     for node in graph.nodes:
-        if node.op != "call_module" or not _is_norm(network.get_submodule(node.target)):
+        if node.op != "call_module":
+            continue
+        norm = network.get_submodule(node.target)
+        if not _is_norm(norm) or not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
             continue
         before = node.args[0]
         if before.op == "call_module" and len(before.users) == 1:
             conv = network.get_submodule(before.target)
             if isinstance(conv, nn.Conv2d):
-                yield conv, network.get_submodule(node.target)
+                yield conv, norm
