@@ -51,7 +51,7 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,7 +381,7 @@ def product_flops(bench: Bench, dtype: torch.dtype, side: int) -> float:
 
 # The kinds of operation that a profile is summed by: how the names of PyTorch's operators begin.
 KINDS = {
-    "convolution": ("mkldnn_convolution", "convolution", "cudnn_conv", "_slow_conv"),
+    "convolution": ("mkldnn_conv", "_convolution", "convolution", "cudnn_conv", "_slow_conv"),
     "matrix product": ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear", "_scaled_dot"),
     "RoIAlign": ("roi_align", "_roi_align", "_sparse", "sparse", "SparseROIAlign"),
     "copy": ("copy_", "_to_copy", "clone", "cat", "index", "gather", "stack", "contiguous"),
@@ -411,8 +411,11 @@ def where_time_goes(model: nn.Module, run) -> dict:
     """
     flops = 0
     if all(m.groups == 1 for m in model.modules() if isinstance(m, nn.Conv2d)):
-        products = {torch.ops.aten.mm: flops_of_product}
-        with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        counts = {
+            torch.ops.aten.mm: flops_of_product,
+            torch.ops.mkldnn._convolution_pointwise: flops_of_fused_conv,
+        }
+        with FlopCounterMode(display=False, custom_mapping=counts) as counter:
             run()
         flops = counter.get_total_flops()
     with torch.profiler.profile() as profile:
@@ -432,6 +435,13 @@ def flops_of_product(a: torch.Tensor, b: torch.Tensor, *args, **kwargs) -> int:
 
 
 flops_of_product._get_raw = True  # the counter gives it tensors, not their shapes
+
+
+def flops_of_fused_conv(*args, out_shape: torch.Size, **kwargs) -> int:
+    """Of the convolution in :func:`balanced_d2.layers.fused_conv.fused_conv`, whose tensors are
+    given by their shapes: the image, what is added, if anything, and the weights."""
+    image, *_, weight = (a for a in args if isinstance(a, torch.Size) and len(a) == 4)
+    return conv_flop_count(image, weight, out_shape)
 
 
 def describe_operations(rows: dict) -> str:

@@ -93,13 +93,11 @@ class _Folded:
         return self.weights
 
     def _fold(self, read: list, dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
-        weight, bias, *norm = read
-        if norm:
-            weight, bias = _fold(weight, bias, *norm, eps=self.norm.eps)
+        weight, bias = read if self.norm is None else _fold(self.norm.eps, *read)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _fold(weight, conv_bias, gamma, beta, mean, var, eps):
+def _fold(eps, weight, conv_bias, gamma, beta, mean, var):
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = gamma * scale
