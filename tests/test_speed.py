@@ -91,18 +91,23 @@ def test_convolutions_in_the_precision_that_is_faster(conv, gains):
         assert output.dtype == (torch.bfloat16 if gains else torch.float32)
         assert torch.allclose(output.float(), conv(x), atol=0.1)
     assert model.eval()(x).dtype == torch.float32
+    autocast(model, "cpu", training=False)
+    output = model(x)  # without gradients, all are faster in bfloat16
+    assert output.dtype == torch.bfloat16
+    assert torch.allclose(output.float(), conv(x), atol=0.1)
 
 
 @needs_bfloat16
-def test_scores_and_boxes_are_predicted_in_float32():
+@pytest.mark.parametrize("training", [True, False])
+def test_scores_and_boxes_are_predicted_in_float32(training):
     cfg = config()
     torch.manual_seed(0)
     model, outputs = build_model(cfg), {}
-    autocast(model, "cpu", training=True)
+    autocast(model, "cpu", training=training)
     for name, module in model.roi_heads.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, x, y, name=name: outputs.update({name: y.dtype}))
-    model.train()
+    model.train(training)
     with EventStorage():
         model([labelled_image()])
     assert outputs["box_head.fc1"] == torch.bfloat16

@@ -17,9 +17,9 @@ from balanced_d2.utils.mix_in import mix_in
 
 logger = logging.getLogger(__name__)
 
-# Convolutions with fewer multiply-adds for each value that they read or write stay in float32: they
-# wait for memory, and converting values costs more than it saves. These are pointwise convolutions
-# of few channels and all depthwise ones, for which PyTorch has no fast bfloat16.
+# Convolutions with fewer multiply-adds for each value that they read or write are trained in
+# float32: these are pointwise convolutions of few channels and all depthwise ones, whose gradients
+# PyTorch computes slowly in bfloat16.
 GAIN_OF_BFLOAT16 = 30
 
 # Of glibc's malloc.h.
@@ -68,7 +68,7 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     dtype = torch.float16
     if device_type == "cpu":
         dtype = torch.bfloat16
-        _keep_float32(model)
+        _keep_float32(model, training)
 
     def forward_in_mixed_precision(*args, **kwargs):
         if model.training != training:
@@ -79,20 +79,17 @@ def autocast(model: nn.Module, device: str, training: bool) -> None:
     model.forward = forward_in_mixed_precision  # as torch.autocast does with a function
 
 
-def _keep_float32(model: nn.Module) -> None:
-    """Let the layers stay in float32 that gain nothing from bfloat16, and those whose results are
-    the scores and boxes of RoI heads, which bfloat16 would round to 8 bits."""
-    kept: List[nn.Module] = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16
-    ]
-    for module in model.modules():
+def _keep_float32(model: nn.Module, training: bool) -> None:
+    """Let the layers compute in float32 whose results are the scores and boxes of RoI heads, which
+    bfloat16 would round to 8 bits; and in training those that gain nothing from bfloat16."""
+    for module in list(model.modules()):
         if isinstance(module, FastRCNNOutputLayers):
-            kept += [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    for module in kept:
-        if not isinstance(module, _InFloat32):
-            mix_in(_InFloat32, module)
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear) and not isinstance(layer, _InFloat32):
+                    mix_in(_InFloat32, layer)
+        elif training and isinstance(module, nn.Conv2d) and not isinstance(module, _InFloat32):
+            if _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16:
+                mix_in(_TrainedInFloat32, module)
 
 
 def _multiply_adds_per_value(conv: nn.Conv2d) -> float:
@@ -108,6 +105,15 @@ class _InFloat32(nn.Module):
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float(), *args)
+
+
+class _TrainedInFloat32(_InFloat32):
+    """The same, in training mode only."""
+
+    def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
+        if self.training:
+            return super().forward(x, *args)
+        return super(_InFloat32, self).forward(x, *args)
 
 
 def has_fast_bfloat16() -> bool:
