@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Plot curves of one or several training runs from their metrics.json.
 
-Shows loss terms, learning rate, AP, and how many negatives were sampled from each bin of IoU.
+Shows loss terms, learning rate, AP, how many negatives were sampled from each bin of IoU, and how
+rare, common and frequent classes fare: positives, their score, AP.
 """
 
 import argparse

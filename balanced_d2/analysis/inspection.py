@@ -24,6 +24,7 @@ from balanced_d2.analysis.levels import (
 )
 from balanced_d2.analysis.sampling import HARD_IOU, SampledNegatives, hard_share
 from balanced_d2.data.checks.records import Finding
+from balanced_d2.data.class_balance import repeat_threshold
 
 # From here on, an advice is worth its line.
 SMALL_SHARE = 0.05
@@ -157,12 +158,14 @@ def _rare_classes(cfg: CfgNode, found: Inspection) -> List[Advice]:
         return []
     rarest = used[images[used].argmin()]
     mean = float(images[used].mean())
-    if images[rarest] * RARE > mean or cfg.DATALOADER.SAMPLER_TRAIN.startswith("RepeatFactor"):
+    if images[rarest] * RARE > mean or cfg.DATALOADER.SAMPLER_TRAIN in (
+        *("RepeatFactorTrainingSampler", "UniformClassTrainingSampler"),
+    ):
         return []
     num_images = found.counts.images[0]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         num_images -= found.counts.empty[0]
-    threshold = round(mean / num_images, 3)
+    threshold = repeat_threshold(images[used], num_images)
     factors = repeat_factors(images, num_images, threshold)
     figure = (
         f"The class in the fewest images, {found.data.classes[rarest]}, is in "
@@ -171,7 +174,8 @@ def _rare_classes(cfg: CfgNode, found: Inspection) -> List[Advice]:
     )
     text = (
         "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler and DATALOADER.REPEAT_THRESHOLD "
-        f"{threshold:g} shows its images {factors[rarest]:.1f} times as often"
+        f"{threshold:g} shows its images {factors[rarest]:.1f} times as often (docs/imbalance.md has "
+        "other ways)"
     )
     return [Advice(figure, text)]
 

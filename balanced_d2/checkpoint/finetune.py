@@ -42,6 +42,8 @@ _OF_CLASSES = re.compile(
     r"roi_heads\.box_predictor(\.\d+)?\.(cls_score|bbox_pred)|roi_heads\.mask_head\.predictor"
     r"|head\.cls_score"
 )
+# What Seesaw loss has counted so far, of the classes and the background.
+_COUNTS = ".classification_loss.counts"
 _BOX_SIZES = (4, 5)  # the second of rotated boxes
 
 # How tensors are named in files of other projects, and what those are.
@@ -86,6 +88,9 @@ def num_classes(state: State) -> Optional[int]:
     """
     for predictor in ("box_predictor", "box_predictor.0"):
         scores = state.get(f"roi_heads.{predictor}.cls_score.weight")
+        counts = state.get(f"roi_heads.{predictor}{_COUNTS}")
+        if counts is not None:  # of Seesaw loss, which may have more rows of scores
+            return len(counts) - 1
         if scores is not None:
             return len(scores) - 1  # the last is the background
     scores, boxes = (state.get(f"head.{name}.weight") for name in ("cls_score", "bbox_pred"))
@@ -157,7 +162,6 @@ def adapt_classes(
     if their_names and our_names:
         sources = match_names(their_names, our_names)
         pairs = [(to, source) for to, source in enumerate(sources) if source is not None]
-        with_background = [*pairs, (ours, theirs)]
     else:
         unknown = "training data" if their_names else "checkpoint"
         message = f"the names of the classes of the {unknown} are not known: " + (
@@ -165,12 +169,20 @@ def adapt_classes(
             if in_order
             else f"what predicts the {theirs} of the checkpoint begins again for the model's {ours}"
         )
-        pairs = with_background = in_order or []
-    if pairs == in_order:
-        return Adapted(num_classes=ours, message=message)
+        pairs = in_order or []
+    # Counts of another training say nothing of this one.
+    counted = [key for key in weights if key.endswith(_COUNTS)]
+    has_same_rows = all(
+        len(weights[key]) == len(model[key])
+        for module, keys in modules.items()
+        if module != _RETINANET and module.endswith("cls_score")
+        for key in keys
+    )
+    if pairs == in_order and has_same_rows:
+        return Adapted(dropped=counted, num_classes=ours, message=message)
 
     adapted = Adapted(
-        {}, [], [our_names[to] for to, _ in pairs] if our_names else [], ours, message
+        {}, counted, [our_names[to] for to, _ in pairs] if our_names else [], ours, message
     )
     for module, keys in modules.items():
         layouts = {
@@ -179,7 +191,8 @@ def adapt_classes(
         }
         if any(layout is None for pair in layouts.values() for layout in pair):
             continue  # boxes or masks are the same for all classes
-        rows = with_background if module.endswith("cls_score") and module != _RETINANET else pairs
+        others = _rows_of_no_class(module, weights, model, theirs, ours)
+        rows = [*pairs, *others] if pairs or our_names and their_names else []
         tensors = {key: _with_rows_of(weights[key], model[key], layouts[key], rows) for key in keys}
         if any(tensor is None for tensor in tensors.values()):
             adapted.dropped.extend(keys)
@@ -263,13 +276,25 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
+def _rows_of_no_class(
+    module: str, weights: State, model: State, theirs: int, ours: int
+) -> List[Tuple[int, int]]:
+    """Pairs of rows of the background, and of an objectness branch, if both have the same ones."""
+    if module == _RETINANET or not module.endswith("cls_score"):
+        return []
+    number = len(model[f"{module}.weight"]) - ours
+    if len(weights[f"{module}.weight"]) - theirs != number:
+        return []
+    return [(ours + i, theirs + i) for i in range(number)]
+
+
 def _layout(module: str, tensor: torch.Tensor, classes: int) -> Optional[Tuple[int, int, int]]:
     """The rows of a tensor as (anchors, classes, rows of each); None if they are of no class."""
     rows = len(tensor)
     if module == _RETINANET:  # anchor by anchor
         return rows // classes, classes, 1
-    if module.endswith("cls_score"):
-        return 1, classes + 1, 1
+    if module.endswith("cls_score"):  # with the background and, if there is one, objectness
+        return 1, rows, 1
     sizes = _BOX_SIZES if module.endswith("bbox_pred") else (1,)
     return next(((1, classes, size) for size in sizes if rows == classes * size), None)
 

@@ -15,8 +15,11 @@ from detectron2.modeling import (
 )
 
 from balanced_d2.layers.box_losses import BOX_REG_LOSSES, DETECTRON2_LOSSES
+from balanced_d2.layers.class_losses import CLS_LOSSES, CROSS_ENTROPY
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
+from balanced_d2.modeling.balanced_sampling import check_together
+from balanced_d2.utils.compat import has_sigmoid_scores
 from balanced_d2.utils.errors import UserError, check_package
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     REFINEMENTS.check(model.BALANCED_FPN.REFINE_TYPE)
     BOX_REG_LOSSES.check(model.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE)
     BOX_REG_LOSSES.check(model.RETINANET.BBOX_REG_LOSS_TYPE)
+    CLS_LOSSES.check(model.ROI_BOX_HEAD.CLS_LOSS_TYPE)
+    _check_combinations(cfg)
     if cfg.DATASETS.TEST:
         _check_sigmas(cfg)
         _check_test_time_augmentation(cfg)
@@ -77,6 +82,26 @@ def check_names(cfg: CfgNode) -> None:
             raise UserError(f"MODEL.{key}: there is no {name!r}; did you mean {', '.join(close)}?")
 
 
+def _check_combinations(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if two keys want different things of the RoI heads."""
+    heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    by_loss = getattr(NEGATIVE_SAMPLERS.get(heads.NEGATIVE_SAMPLER), "needs_losses", False)
+    if by_loss:
+        check_together(heads.POSITIVE_SAMPLER == "random")
+    if not has_sigmoid_scores(box_head):
+        return
+    for key, value, is_on in (
+        ("ROI_BOX_HEAD.CLS_LOSS_TYPE", box_head.CLS_LOSS_TYPE, box_head.CLS_LOSS_TYPE != CROSS_ENTROPY),
+        ("ROI_HEADS.NEGATIVE_SAMPLER", heads.NEGATIVE_SAMPLER, by_loss),
+    ):
+        if is_on:
+            raise UserError(
+                f"MODEL.{key} is {value!r}, which does not work with "
+                "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE (and USE_FED_LOSS), a classification loss of "
+                "Detectron2's own: turn one of them off"
+            )
+
+
 def _idle_balances(cfg: CfgNode) -> Iterator[str]:
     """Messages about balances that are on, but not supported by Detectron2's class in the config.
 
@@ -104,6 +129,13 @@ def _idle_balances(cfg: CfgNode) -> Iterator[str]:
                 f"{key} is {value!r}, which MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not "
                 "support; set that to BalancedROIHeads or BalancedCascadeROIHeads"
             )
+    box_head = model.ROI_BOX_HEAD
+    if len(box_head.CLASS_WEIGHTS) and not box_head.CLS_LOSS_TYPE.startswith("weighted_"):
+        yield (
+            f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS is {list(box_head.CLASS_WEIGHTS)}, which CLS_LOSS_TYPE "
+            f"{box_head.CLS_LOSS_TYPE} does not use; set that to weighted_cross_entropy or "
+            "weighted_focal, or remove the weights"
+        )
     loss = model.RETINANET.BBOX_REG_LOSS_TYPE
     if loss not in DETECTRON2_LOSSES and _is_detectron2s(meta_architecture):
         advice = (
@@ -125,6 +157,8 @@ def _set_for_heads(cfg: CfgNode) -> Iterator[Tuple[str, object]]:
             yield f"MODEL.ROI_HEADS.{key}", heads[key]
     if box_head.BBOX_REG_LOSS_TYPE not in DETECTRON2_LOSSES:
         yield "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", box_head.BBOX_REG_LOSS_TYPE
+    if box_head.CLS_LOSS_TYPE != CROSS_ENTROPY:
+        yield "MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", box_head.CLS_LOSS_TYPE
     for key, default in (("CANONICAL_BOX_SIZE", 224), ("CANONICAL_LEVEL", 4)):
         if box_head[key] != default:
             yield f"MODEL.ROI_BOX_HEAD.{key}", box_head[key]
@@ -202,6 +236,15 @@ def _check_samplers(cfg: CfgNode) -> None:
     if not 0 < ratio <= 1:
         raise UserError(
             f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}; it has to be above 0 and at most 1"
+        )
+    if (
+        cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+        and cfg.DATALOADER.REPEAT_THRESHOLD <= 0
+    ):
+        logger.warning(
+            "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats no image, because "
+            f"DATALOADER.REPEAT_THRESHOLD is {cfg.DATALOADER.REPEAT_THRESHOLD:g}; "
+            "tools/inspect_dataset.py suggests one for the data"
         )
     key = "DATASETS.TRAIN_REPEAT_FACTOR"
     for pair in cfg.DATASETS.TRAIN_REPEAT_FACTOR:

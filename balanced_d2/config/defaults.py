@@ -52,14 +52,40 @@ def add_balanced_config(cfg: CN) -> None:
         cfg.MODEL[node].NORM = "FrozenBN"
 
     # Sampling of proposals, for BalancedROIHeads.
-    # Negatives: "random" (as in Detectron2), "iou_balanced" (evenly over bins of IoU) or any other
-    # entry of NEGATIVE_SAMPLERS.
+    # Negatives: "random" (as in Detectron2), "iou_balanced" (evenly over bins of IoU), "ohem" (the
+    # hardest proposals, positives among them) or any other entry of NEGATIVE_SAMPLERS.
     cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
     # Positives: "random" (as in Detectron2), "instance_balanced" (evenly over the ground truth) or
     # any other entry of POSITIVE_SAMPLERS.
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
     # Number of bins for the IoU of negatives.
     cfg.MODEL.ROI_HEADS.NUM_BINS = 3
+    # For NEGATIVE_SAMPLER "ohem", which takes positives and negatives by their losses: the IoU above
+    # which a proposal is left out for a harder one; 1 for none.
+    cfg.MODEL.ROI_HEADS.OHEM_NMS_THRESH = 0.7
+
+    # The number of training objects of each class, in order: for class weights, balanced softmax
+    # and the figures of rare, common and frequent classes. Found in the data when a training starts.
+    cfg.MODEL.CLASS_COUNTS = []
+    # The loss of classes in the RoI heads, for BalancedROIHeads and BalancedCascadeROIHeads:
+    # "cross_entropy" (as in Detectron2), "weighted_cross_entropy", "focal", "weighted_focal",
+    # "balanced_softmax", "seesaw" or any other entry of CLS_LOSSES.
+    cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE = "cross_entropy"
+    # For the weighted losses: numbers, one for each class in order and, if wished, one for the
+    # background; or pairs of name and number, where classes without one have 1. Empty: weights by
+    # the counts.
+    cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS = []
+    # Beta of the effective number, for weights by the counts: 0 for equal weights, 1 for the inverse
+    # frequency.
+    cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHT_BETA = 0.999
+    # For the focal losses: how much proposals that are classified well are down-weighted.
+    cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 2.0
+    # For "seesaw": the exponents of mitigation and compensation, the least score that compensation
+    # divides by, and whether there is an objectness branch.
+    cfg.MODEL.ROI_BOX_HEAD.SEESAW_P = 0.8
+    cfg.MODEL.ROI_BOX_HEAD.SEESAW_Q = 2.0
+    cfg.MODEL.ROI_BOX_HEAD.SEESAW_EPS = 0.01
+    cfg.MODEL.ROI_BOX_HEAD.SEESAW_OBJECTNESS = True
 
     # The pyramid level that RoI heads pool a box from (Feature Pyramid Networks, equation 1): that
     # of a box of this size, in pixels, and its number. Detectron2's are made for images of 800

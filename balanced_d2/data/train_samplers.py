@@ -1,11 +1,11 @@
-"""The choices of ``DATALOADER.SAMPLER_TRAIN``: Detectron2's samplers of images, seeded.
+"""The choices of ``DATALOADER.SAMPLER_TRAIN``: samplers of images, seeded; Detectron2's and one more.
 
 The weighted samplers of Detectron2's main are built here from repeat factors, so that both versions
 have them.
 """
 
 from functools import partial
-from typing import Callable, Dict, List
+from typing import Callable, Dict, Iterator, List, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -16,6 +16,8 @@ from detectron2.data.samplers import (
     TrainingSampler,
 )
 from torch.utils.data import Sampler
+
+from balanced_d2.utils.errors import UserError
 
 MakeSampler = Callable[[int], Sampler]
 """Returns an endless sampler of indices for a seed."""
@@ -47,13 +49,65 @@ def _weighted_category(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
     return partial(_repeating, factors / factors.min())
 
 
+def _uniform_class(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
+    return partial(UniformClassTrainingSampler, images_of_classes(records))
+
+
 SAMPLERS: Dict[str, Callable[[CfgNode, List[Dict]], MakeSampler]] = {
     "TrainingSampler": _training,
     "RepeatFactorTrainingSampler": _repeat_factor,
     "RandomSubsetTrainingSampler": _random_subset,
     "WeightedTrainingSampler": _weighted,
     "WeightedCategoryTrainingSampler": _weighted_category,
+    "UniformClassTrainingSampler": _uniform_class,
 }
+
+
+class UniformClassTrainingSampler(Sampler):
+    """Each class equally often, by an image that has it: class-aware sampling (Shen et al., ECCV
+    2016, section 3.3).
+
+    The classes come in a random order, again and again in a new one, and so do the images of each
+    class. An image that has several classes comes more often; one without objects never does.
+
+    Args:
+        images: the indices of the images of each class.
+        seed: of the order.
+
+    Raises:
+        UserError: if there are none.
+    """
+
+    def __init__(self, images: Sequence[Sequence[int]], seed: int):
+        self.images = [list(of_class) for of_class in images if len(of_class)]
+        if not self.images:
+            raise UserError(
+                "DATALOADER.SAMPLER_TRAIN UniformClassTrainingSampler: no image has an object"
+            )
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator()
+        generator.manual_seed(self.seed)
+        waiting: List[List[int]] = [[] for _ in self.images]
+        while True:
+            for k in torch.randperm(len(self.images), generator=generator).tolist():
+                if not waiting[k]:
+                    order = torch.randperm(len(self.images[k]), generator=generator).tolist()
+                    waiting[k] = [self.images[k][i] for i in order]
+                yield waiting[k].pop()
+
+
+def images_of_classes(records: List[Dict]) -> List[List[int]]:
+    """The indices of the records that have each class, of the classes that occur."""
+    images: Dict[int, List[int]] = {}
+    for index, record in enumerate(records):
+        classes = {
+            a["category_id"] for a in record.get("annotations", ()) if not a.get("iscrowd", 0)
+        }
+        for category in sorted(classes):
+            images.setdefault(category, []).append(index)
+    return [images[category] for category in sorted(images)]
 
 
 def uniform_sampler(num_images: int) -> MakeSampler:

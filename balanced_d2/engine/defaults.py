@@ -16,6 +16,7 @@ from balanced_d2.config.lazy import (
     read_config,
 )
 from balanced_d2.data.adapted import adapt
+from balanced_d2.data.class_balance import take_class_balance
 from balanced_d2.data.classes import set_num_classes
 from balanced_d2.data.datasets.register import add_register_argument, register_from
 from balanced_d2.engine.launch import in_main_process
@@ -75,6 +76,7 @@ def config_from(args: argparse.Namespace) -> CfgNode:
     weights = contents_of(cfg.MODEL.WEIGHTS)
     take_num_classes(cfg, weights, keys_set_by_hand(args.config_file, args.opts), cfg.MODEL.WEIGHTS)
     take_gray_range(cfg, weights)
+    take_class_balance(cfg, weights.config, weights.class_names)
     return cfg
 
 
@@ -107,6 +109,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         start = in_main_process(check_start, cfg, args)
         set_num_classes(cfg, start.num_classes)
         cfg.SEED, cfg.INPUT.GRAY_RANGE = start.seed, start.gray_range
+        cfg.MODEL.CLASS_COUNTS = start.class_counts
+        cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS = start.class_weights
         cfg.freeze()
         for name, change in start.data.changes.items():
             adapt(name, change, start.data.classes or ())

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from typing import Collection, NamedTuple, Optional
+from typing import Collection, List, NamedTuple, Optional
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -15,6 +15,7 @@ from balanced_d2.config.lazy import LazyCfgNode, keys_set_by_hand
 from balanced_d2.config.resume import as_text, changes, seed_of
 from balanced_d2.data.adapted import adapt
 from balanced_d2.data.checks.for_model import CheckedData, check_datasets
+from balanced_d2.data.class_balance import complete_class_balance, take_class_balance
 from balanced_d2.data.classes import NO_NAMES, num_classes_key, set_num_classes, some
 from balanced_d2.data.gray_range import find_gray_range
 from balanced_d2.engine.output_folder import check_movable, check_unused
@@ -30,6 +31,8 @@ class Start(NamedTuple):
     num_classes: Optional[int]
     seed: int
     gray_range: float
+    class_counts: List[int]
+    class_weights: List[float]
     data: CheckedData
 
 
@@ -65,6 +68,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
     by_hand = keys_set_by_hand(args.config_file, args.opts)
     follows = take_num_classes(cfg, weights, by_hand, resumed or cfg.MODEL.WEIGHTS)
     take_gray_range(cfg, weights)
+    take_class_balance(cfg, weights.config, weights.class_names)
     if resumed and not args.eval_only:
         continue_with(cfg, weights.config, resumed)
     check_config(cfg, train=not args.eval_only, resume=bool(resumed))
@@ -79,7 +83,15 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
     if follows and data.classes is not None:
         set_num_classes(cfg, len(data.classes))
     complete_gray_range(cfg, data, train=not args.eval_only)
-    return Start(num_classes_key(cfg)[1], cfg.SEED, cfg.INPUT.GRAY_RANGE, data)
+    complete_class_balance(cfg, data.class_counts, data.classes, train=not args.eval_only)
+    return Start(
+        num_classes_key(cfg)[1],
+        cfg.SEED,
+        cfg.INPUT.GRAY_RANGE,
+        list(cfg.MODEL.CLASS_COUNTS),
+        list(cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS),
+        data,
+    )
 
 
 def contents_of(weights: str) -> Contents:

@@ -115,7 +115,9 @@ class BalancedTrainer(DefaultTrainer):
                 of several test sets.
         """
         folder = output_folder or results_folder(cfg, "inference", dataset_name)
-        evaluator = build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        evaluator = build_evaluator(
+            dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.MODEL.CLASS_COUNTS
+        )
         return evaluator if output_folder else with_validation_images(cfg, dataset_name, evaluator)
 
     @classmethod

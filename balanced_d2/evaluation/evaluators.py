@@ -5,6 +5,7 @@ import types
 from typing import Callable, Dict, Sequence
 from unittest import mock
 
+import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -22,15 +23,23 @@ from pycocotools.coco import COCO
 
 from balanced_d2.data.datasets.coco_json import read_coco
 from balanced_d2.evaluation.ground_truth import GroundTruth
+from balanced_d2.layers.class_counts import class_groups
 from balanced_d2.utils.errors import UserError, check_package
 
 
 class _COCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator, for datasets that have some of the model's classes, in any order, and
     without the images that were left out. If nothing was detected, AP is 0 instead of NaN. The
-    annotations are those that are trained on, and not as pycocotools reads the file."""
+    annotations are those that are trained on, and not as pycocotools reads the file.
 
-    def __init__(self, dataset_name: str, output_dir: str, **kwargs):
+    With the counts of the classes in the training data there are also ``APr``, ``APc`` and ``APf``,
+    named as by LVIS: the mean AP of rare, common and frequent classes
+    (:func:`balanced_d2.layers.class_groups`) that the dataset has."""
+
+    def __init__(
+        self, dataset_name: str, output_dir: str, class_counts: Sequence[int] = (), **kwargs
+    ):
+        self._groups = class_groups(class_counts)
         def read(json_file: str) -> COCO:
             return GroundTruth(read_coco(dataset_name, json_file, evaluated=True)[0])
 
@@ -61,10 +70,25 @@ class _COCOEvaluator(COCOEvaluator):
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         # Detectron2 takes the names in the order of the file's ids.
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        numbers = range(len(class_names or ()))
         if coco_eval is not None and class_names and ids.keys() >= set(coco_eval.params.catIds):
-            class_names = [class_names[ids[category]] for category in coco_eval.params.catIds]
+            numbers = [ids[category] for category in coco_eval.params.catIds]
+            class_names = [class_names[number] for number in numbers]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        return results if coco_eval is not None else _zeros(results, iou_type, self._logger)
+        groups = {"APr": 0, "APc": 1, "APf": 2} if self._groups.max(initial=-1) >= 0 else {}
+        if coco_eval is None:
+            results = {**results, **dict.fromkeys(groups, 0.0)}
+            return _zeros(results, iou_type, self._logger)
+        for metric, group in groups.items():
+            of_group = [
+                results[f"AP-{name}"]
+                for name, number in zip(class_names or (), numbers)
+                if number < len(self._groups) and self._groups[number] == group
+            ]
+            present = [ap for ap in of_group if not np.isnan(ap)]
+            if present:  # among the test data
+                results[metric] = float(np.mean(present))
+        return results
 
 
 class _LVISEvaluator(LVISEvaluator):
@@ -82,23 +106,28 @@ def _zeros(results: Dict[str, float], task: str, logger: logging.Logger) -> Dict
     return dict.fromkeys(results, 0.0)
 
 
-# Builds the evaluator of each type from dataset name, output folder and TEST.KEYPOINT_OKS_SIGMAS.
-EVALUATORS: Dict[str, Callable[[str, str, Sequence[float]], DatasetEvaluator]] = {
-    "coco": lambda name, folder, sigmas: _COCOEvaluator(
-        name, output_dir=folder, kpt_oks_sigmas=sigmas
+# Builds the evaluator of each type from dataset name, output folder, TEST.KEYPOINT_OKS_SIGMAS and
+# MODEL.CLASS_COUNTS.
+EVALUATORS: Dict[
+    str, Callable[[str, str, Sequence[float], Sequence[int]], DatasetEvaluator]
+] = {
+    "coco": lambda name, folder, sigmas, counts: _COCOEvaluator(
+        name, output_dir=folder, kpt_oks_sigmas=sigmas, class_counts=counts
     ),
-    "lvis": lambda name, folder, sigmas: _lvis(name, folder),
-    "pascal_voc": lambda name, folder, sigmas: PascalVOCDetectionEvaluator(name),
-    "sem_seg": lambda name, folder, sigmas: SemSegEvaluator(name, output_dir=folder),
-    "coco_panoptic_seg": lambda name, folder, sigmas: DatasetEvaluators(
+    "lvis": lambda name, folder, sigmas, counts: _lvis(name, folder),
+    "pascal_voc": lambda name, folder, sigmas, counts: PascalVOCDetectionEvaluator(name),
+    "sem_seg": lambda name, folder, sigmas, counts: SemSegEvaluator(name, output_dir=folder),
+    "coco_panoptic_seg": lambda name, folder, sigmas, counts: DatasetEvaluators(
         [
             SemSegEvaluator(name, output_dir=folder),
-            _COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas),
+            _COCOEvaluator(
+                name, output_dir=folder, kpt_oks_sigmas=sigmas, class_counts=counts
+            ),
             COCOPanopticEvaluator(name, folder),
         ]
     ),
-    "cityscapes_instance": lambda name, folder, sigmas: CityscapesInstanceEvaluator(name),
-    "cityscapes_sem_seg": lambda name, folder, sigmas: CityscapesSemSegEvaluator(name),
+    "cityscapes_instance": lambda name, folder, sigmas, counts: CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda name, folder, sigmas, counts: CityscapesSemSegEvaluator(name),
 }
 # Packages that some evaluators import only when they evaluate, and what to install.
 PACKAGES = {
@@ -157,7 +186,10 @@ def check_evaluator(dataset_name: str) -> str:
 
 
 def build_evaluator(
-    dataset_name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()
+    dataset_name: str,
+    output_dir: str,
+    kpt_oks_sigmas: Sequence[float] = (),
+    class_counts: Sequence[int] = (),
 ) -> DatasetEvaluator:
     """Build Detectron2's evaluator for a dataset, by the ``evaluator_type`` of its metadata.
 
@@ -165,8 +197,11 @@ def build_evaluator(
         output_dir: where the evaluator writes the detections.
         kpt_oks_sigmas: for keypoints other than COCO's 17, how precisely each can be annotated
             (``TEST.KEYPOINT_OKS_SIGMAS``).
+        class_counts: the number of training objects of each of the model's classes, if known, for
+            the AP of rare, common and frequent ones (``MODEL.CLASS_COUNTS``).
 
     Raises:
         UserError: see :func:`check_evaluator`.
     """
-    return EVALUATORS[check_evaluator(dataset_name)](dataset_name, output_dir, kpt_oks_sigmas)
+    build = EVALUATORS[check_evaluator(dataset_name)]
+    return build(dataset_name, output_dir, kpt_oks_sigmas, class_counts)

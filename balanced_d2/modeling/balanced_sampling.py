@@ -1,6 +1,6 @@
 """Balanced sampling of proposals (Libra R-CNN, section 3.1) for Detectron2's RoI heads."""
 
-from typing import TYPE_CHECKING, List, Tuple
+from typing import TYPE_CHECKING, Dict, List, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -36,14 +36,17 @@ class BalancedSamplingMixin(_Mixin):
 
     Args:
         negative_sampler: what chooses negatives by their IoU, such as :class:`IoUBalancedSampler`;
-            in configs an entry of ``NEGATIVE_SAMPLERS``.
+            in configs an entry of ``NEGATIVE_SAMPLERS``. One that has ``needs_losses``, such as
+            :class:`HardExampleSampler`, chooses positives and negatives together by their losses,
+            which the heads compute without a gradient.
         positive_sampler: what chooses positives by their ground-truth instance, such as
             :func:`sample_instance_balanced`; in configs an entry of ``POSITIVE_SAMPLERS``.
         num_bins: number of IoU bins of the logged counts.
         **kwargs: for the class that this one is mixed into.
 
     Raises:
-        UserError: on a sampler that is none, or ``num_bins`` below 1.
+        UserError: on a sampler that is none, or ``num_bins`` below 1; on a negative sampler that
+            needs losses if the heads do not offer them or there is a positive sampler, too.
     """
 
     @configurable
@@ -67,6 +70,15 @@ class BalancedSamplingMixin(_Mixin):
         check_bins(num_bins, self.iou_range)
         self._sample_negatives = negative_sampler
         self._sample_positives = positive_sampler
+        self.needs_losses = getattr(negative_sampler, "needs_losses", False)
+        if self.needs_losses:
+            check_together(positive_sampler is sample_random)
+            if not self.offers_losses:
+                raise UserError(
+                    f"{type(self).__name__} does not offer the losses of its proposals, which the "
+                    "negative sampler needs; BalancedROIHeads and BalancedCascadeROIHeads do, with "
+                    "BalancedFastRCNNOutputLayers as box predictor"
+                )
 
     @classmethod
     def from_config(cls, cfg, *args, **kwargs):
@@ -82,6 +94,55 @@ class BalancedSamplingMixin(_Mixin):
             "positive_sampler": POSITIVE_SAMPLERS.build(node.POSITIVE_SAMPLER, node),
             "num_bins": node.NUM_BINS,
         }
+
+    @property
+    def offers_losses(self) -> bool:
+        """Whether there is :meth:`candidate_losses`."""
+        return False
+
+    def candidate_losses(
+        self, features: Dict[str, torch.Tensor], candidates: List[Instances]
+    ) -> List[torch.Tensor]:
+        """The loss of each candidate by itself, without a gradient.
+
+        Args:
+            features: of the backbone.
+            candidates: of each image, labelled as if all were sampled.
+
+        Returns:
+            Of each image, shape (M,).
+        """
+        raise NotImplementedError
+
+    def forward(self, images, features, proposals, targets=None):
+        """As Detectron2's; in training, samplers that need losses get them first."""
+        if self.training and self.needs_losses:
+            proposals = self._with_losses(features, proposals, targets)
+        return super().forward(images, features, proposals, targets)
+
+    @torch.no_grad()
+    def _with_losses(
+        self,
+        features: Dict[str, torch.Tensor],
+        proposals: List[Instances],
+        targets: List[Instances],
+    ) -> List[Instances]:
+        """The proposals, the ground truth among them, with the field ``losses``."""
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        candidates = []
+        for image_proposals, image_targets in zip(proposals, targets):
+            _, matched, labels = self._match(image_proposals, image_targets)
+            everything = torch.arange(len(labels), device=labels.device)
+            candidates.append(
+                self._labelled(image_proposals, image_targets, everything, matched, labels)
+            )
+        return [
+            Instances(image.image_size, **image.get_fields(), losses=losses)
+            for image, losses in zip(
+                proposals, self.candidate_losses(features, candidates), strict=True
+            )
+        ]
 
     @torch.no_grad()
     def label_and_sample_proposals(
@@ -99,38 +160,66 @@ class BalancedSamplingMixin(_Mixin):
         ``roi_head/num_neg_bin{k}``, the sampled negatives, and
         ``roi_head/num_neg_bin{k}_available``. On a GPU these come every 20 iterations.
         """
-        if self.proposal_append_gt:
+        if self.proposal_append_gt and not self.needs_losses:  # else it is among them already
             proposals = add_ground_truth_to_proposals(targets, proposals)
         sampled, bin_counts, num_fg, num_bg = [], [], 0, 0
         for image_proposals, image_targets in zip(proposals, targets):
             ious, matched, labels = self._match(image_proposals, image_targets)
-            (fg,) = nonzero_tuple(labels == 1)
-            (bg,) = nonzero_tuple(labels == 0)
-            bg_ious = ious[bg]
-
-            max_fg = int(self.batch_size_per_image * self.positive_fraction)
-            chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
-            num_negatives = self.batch_size_per_image - len(chosen_fg)
-            chosen_bg = self._sample_negatives(bg_ious, num_negatives)
-            in_bin = members(iou_bins(bg_ious, self.num_bins, self.iou_range), self.num_bins)
-            bin_counts += [in_bin[:, chosen_bg].sum(dim=1), in_bin.sum(dim=1)]
+            if self.needs_losses:
+                chosen_fg, chosen_bg = self._sample_by_loss(image_proposals, labels)
+            else:
+                chosen_fg, chosen_bg = self._sample_by_matches(ious, matched, labels)
+            in_bin = members(iou_bins(ious, self.num_bins, self.iou_range), self.num_bins)
+            bin_counts += [in_bin[:, chosen_bg].sum(dim=1), (in_bin & (labels == 0)).sum(dim=1)]
             num_fg += len(chosen_fg)
             num_bg += len(chosen_bg)
-
-            chosen = torch.cat([chosen_fg, bg[chosen_bg]])
-            image_sampled = image_proposals[chosen]
-            image_sampled.gt_classes = torch.full_like(chosen, self.num_classes)
-            if len(image_targets) > 0:
-                chosen_targets = image_targets[matched[chosen]]
-                image_sampled.gt_classes[: len(chosen_fg)] = chosen_targets.gt_classes[
-                    : len(chosen_fg)
-                ]
-                for name, value in chosen_targets.get_fields().items():
-                    if name.startswith("gt_") and not image_sampled.has(name):
-                        image_sampled.set(name, value)
-            sampled.append(image_sampled)
+            chosen = torch.cat([chosen_fg, chosen_bg])
+            sampled.append(self._labelled(image_proposals, image_targets, chosen, matched, labels))
 
         self._log_sampling(bin_counts, num_fg, num_bg, num_images=len(sampled))
+        return sampled
+
+    def _sample_by_matches(
+        self, ious: torch.Tensor, matched: torch.Tensor, labels: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the positives and of the negatives that are sampled of an image."""
+        (fg,) = nonzero_tuple(labels == 1)
+        (bg,) = nonzero_tuple(labels == 0)
+        max_fg = int(self.batch_size_per_image * self.positive_fraction)
+        chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
+        num_negatives = self.batch_size_per_image - len(chosen_fg)
+        return chosen_fg, bg[self._sample_negatives(ious[bg], num_negatives)]
+
+    def _sample_by_loss(
+        self, proposals: Instances, labels: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same for a sampler that chooses both together, of proposals with ``losses``."""
+        (candidates,) = nonzero_tuple(labels >= 0)
+        losses, boxes = proposals.losses[candidates], proposals.proposal_boxes.tensor[candidates]
+        chosen = candidates[self._sample_negatives(losses, boxes, self.batch_size_per_image)]
+        is_fg = labels[chosen] == 1
+        return chosen[is_fg], chosen[~is_fg]
+
+    def _labelled(
+        self,
+        proposals: Instances,
+        targets: Instances,
+        chosen: torch.Tensor,
+        matched: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> Instances:
+        """The chosen proposals of an image with their ``gt_*`` fields."""
+        sampled = proposals[chosen]
+        if sampled.has("losses"):
+            sampled.remove("losses")
+        sampled.gt_classes = torch.full_like(chosen, self.num_classes)
+        if len(targets) > 0:
+            chosen_targets = targets[matched[chosen]]
+            is_fg = labels[chosen] == 1
+            sampled.gt_classes = torch.where(is_fg, chosen_targets.gt_classes, sampled.gt_classes)
+            for name, value in chosen_targets.get_fields().items():
+                if name.startswith("gt_") and not sampled.has(name):
+                    sampled.set(name, value)
         return sampled
 
     def _match(
@@ -167,3 +256,12 @@ def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:
     intervals = zip(matcher.thresholds[:-1], matcher.thresholds[1:], matcher.labels)
     negative = [(low, high) for low, high, label in intervals if label == 0]
     return max(0.0, min(low for low, _ in negative)), min(1.0, max(high for _, high in negative))
+
+
+def check_together(positives_are_random: bool) -> None:
+    """Raise :class:`UserError` if there is a positive sampler beside one that needs losses."""
+    if not positives_are_random:
+        raise UserError(
+            "MODEL.ROI_HEADS.NEGATIVE_SAMPLER samples positives and negatives together by their "
+            "losses; set MODEL.ROI_HEADS.POSITIVE_SAMPLER to random"
+        )

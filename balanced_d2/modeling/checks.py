@@ -4,7 +4,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from balanced_d2.layers import FeatureBalancer
+from balanced_d2.layers.class_losses import CROSS_ENTROPY
 from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
+from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
 
 
@@ -27,6 +29,12 @@ def check_balanced(cfg: CfgNode, model: nn.Module) -> None:
                 f"MODEL.ROI_HEADS.{key} is {heads[key]!r}, which MODEL.ROI_HEADS.NAME {heads.NAME} "
                 "does not know; derive it from BalancedSamplingMixin, too"
             )
+    loss = cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE
+    if loss != CROSS_ENTROPY and not _any(modules, BalancedFastRCNNOutputLayers):
+        raise UserError(
+            f"MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE is {loss!r}, which MODEL.ROI_HEADS.NAME {heads.NAME} "
+            "does not know; give it a BalancedFastRCNNOutputLayers as box predictor"
+        )
 
 
 def _any(modules, cls) -> bool:

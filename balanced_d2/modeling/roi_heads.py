@@ -1,22 +1,33 @@
-"""RoI heads that sample their proposals, and regress their boxes, in a balanced way."""
+"""RoI heads that sample their proposals, and learn boxes and classes, in a balanced way."""
 
-from typing import Any, Dict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Sequence
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    StandardROIHeads,
+)
+from detectron2.structures import Instances
+from torch import nn
 
 from balanced_d2.layers.box_losses import build_box_reg_loss
+from balanced_d2.layers.class_losses import CROSS_ENTROPY
 from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
 
 
 class BalancedBoxLossMixin:
-    """Any registered box loss, and the levels of the poolers, for a ``StandardROIHeads``.
+    """Any registered loss of boxes and classes, and the levels of the poolers, for a
+    ``StandardROIHeads``.
 
-    By config: ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``, ``CANONICAL_BOX_SIZE`` and
-    ``CANONICAL_LEVEL``, the last two for masks and keypoints too.
+    By config: ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``, ``CLS_LOSS_TYPE``, ``CANONICAL_BOX_SIZE``
+    and ``CANONICAL_LEVEL``, the last two for masks and keypoints too.
     """
 
     @classmethod
@@ -34,18 +45,69 @@ class BalancedBoxLossMixin:
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)  # type: ignore[misc]
         ret = _with_canonical_box(cfg, ret)
-        if build_box_reg_loss(cfg.MODEL.ROI_BOX_HEAD) is None:  # Detectron2's own
-            return ret
         if "box_predictor" in ret:
-            ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
-        else:  # a cascade, whose predictors differ in their transform
+            ret["box_predictor"] = _balanced(cfg, ret["box_head"], ret["box_predictor"])
+        else:  # a cascade
             ret["box_predictors"] = [
-                BalancedFastRCNNOutputLayers(
-                    cfg, head.output_shape, box2box_transform=predictor.box2box_transform
-                )
+                _balanced(cfg, head, predictor)
                 for head, predictor in zip(ret["box_heads"], ret["box_predictors"])
             ]
         return ret
+
+
+def _balanced(
+    cfg: CfgNode, box_head: nn.Module, predictor: FastRCNNOutputLayers
+) -> BalancedFastRCNNOutputLayers:
+    """Our predictor in the place of Detectron2's. With Detectron2's losses it begins with its very
+    weights, and no random number is drawn besides."""
+    node = cfg.MODEL.ROI_BOX_HEAD
+    is_plain = build_box_reg_loss(node) is None and node.CLS_LOSS_TYPE == CROSS_ENTROPY
+    with torch.random.fork_rng(devices=[], enabled=is_plain):
+        balanced = BalancedFastRCNNOutputLayers(
+            cfg, box_head.output_shape, box2box_transform=predictor.box2box_transform
+        )
+    if is_plain:
+        balanced.load_state_dict(predictor.state_dict())
+    return balanced
+
+
+class CandidateLossesMixin:
+    """The losses of all proposals for samplers that need them, for a ``StandardROIHeads`` or, by
+    its first stage, a ``CascadeROIHeads``."""
+
+    @property
+    def offers_losses(self) -> bool:
+        return all(hasattr(p, "proposal_losses") for p in _stages(self.box_predictor))
+
+    @torch.no_grad()
+    def candidate_losses(
+        self, features: Dict[str, torch.Tensor], candidates: List[Instances]
+    ) -> List[torch.Tensor]:
+        """See :meth:`BalancedSamplingMixin.candidate_losses`."""
+        box_head, predictor = _stages(self.box_head)[0], _stages(self.box_predictor)[0]
+        with _evaluating(box_head):
+            pooled = self.box_pooler(
+                [features[name] for name in self.box_in_features],
+                [image.proposal_boxes for image in candidates],
+            )
+            losses = predictor.proposal_losses(predictor(box_head(pooled)), candidates)
+        return list(losses.split([len(image) for image in candidates]))
+
+
+def _stages(part: nn.Module) -> Sequence[Any]:
+    return part if isinstance(part, nn.ModuleList) else [part]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it a module is in evaluation mode, so that what it sees changes no statistics."""
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
 
 
 def _with_canonical_box(cfg: CfgNode, head: Dict[str, Any]) -> Dict[str, Any]:
@@ -63,16 +125,20 @@ def _with_canonical_box(cfg: CfgNode, head: Dict[str, Any]) -> Dict[str, Any]:
 
 
 @ROI_HEADS_REGISTRY.register()
-class BalancedROIHeads(BalancedSamplingMixin, BalancedBoxLossMixin, StandardROIHeads):
-    """Detectron2's ``StandardROIHeads`` with balanced sampling and Balanced L1 (by config).
+class BalancedROIHeads(
+    CandidateLossesMixin, BalancedSamplingMixin, BalancedBoxLossMixin, StandardROIHeads
+):
+    """Detectron2's ``StandardROIHeads`` with balanced sampling and losses (by config).
 
     Args: see :class:`BalancedSamplingMixin`; the others are those of ``StandardROIHeads``.
     """
 
 
 @ROI_HEADS_REGISTRY.register()
-class BalancedCascadeROIHeads(BalancedSamplingMixin, BalancedBoxLossMixin, CascadeROIHeads):
-    """Detectron2's ``CascadeROIHeads`` with both: sampling in the first stage, the loss in all.
+class BalancedCascadeROIHeads(
+    CandidateLossesMixin, BalancedSamplingMixin, BalancedBoxLossMixin, CascadeROIHeads
+):
+    """Detectron2's ``CascadeROIHeads`` with both: sampling in the first stage, the losses in all.
 
     The later stages take all boxes of the one before, so there is nothing to sample.
 

@@ -59,3 +59,13 @@ def create_local_process_group(num_processes: int) -> None:
         group = torch.distributed.new_group(list(ranks))
         if i == machine:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def has_sigmoid_scores(predictor_or_node: Any) -> bool:
+    """Whether classes are scored by sigmoids, which main has for federated loss.
+
+    Args:
+        predictor_or_node: a ``FastRCNNOutputLayers``, or ``MODEL.ROI_BOX_HEAD`` of a config.
+    """
+    names = ("use_sigmoid_ce", "USE_SIGMOID_CE")
+    return any(getattr(predictor_or_node, name, False) for name in names)

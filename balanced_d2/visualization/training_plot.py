@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple
 from matplotlib.figure import Figure
 
 from balanced_d2.analysis.metrics import Metrics
+from balanced_d2.layers.class_counts import GROUPS
 from balanced_d2.visualization.figure import COLORS, new_figure
 
 # Styles for the lines of a panel; single values have only the marker.
@@ -21,7 +22,8 @@ class _Panel(NamedTuple):
 
 
 def draw_training(runs: Dict[str, Metrics]) -> Figure:
-    """Draw loss terms, learning rate, AP and counts per bin over the iterations.
+    """Draw loss terms, learning rate, AP, counts per bin and figures of class groups over the
+    iterations.
 
     Each run has its own colour, and each line in a panel its own style.
 
@@ -75,9 +77,21 @@ def _panels(names: List[str]) -> List[_Panel]:
             lines = {part: name[:-2] + part for part in ("AP", "AP50", "AP75")}
             title = f"{name[:-3]} AP (%)" if "/" in name else "AP (%)"
             panels.append(_Panel(title, {k: v for k, v in lines.items() if v in names}))
+            groups = dict(zip(GROUPS, (f"{name}{end}" for end in "rcf")))
+            if groups["frequent"] in names or groups["rare"] in names:
+                present = {group: each for group, each in groups.items() if each in names}
+                panels.append(_Panel(title.replace("AP", "AP by class group"), present))
     for suffix, title in (("", "sampled"), ("_available", "available")):
         matches = [re.fullmatch(rf"roi_head/num_neg_bin(\d+){suffix}", name) for name in names]
         bins = {f"bin {match[1]}": match[0] for match in matches if match}
         if bins:
             panels.append(_Panel(f"negatives {title} per image", bins))
+    for what, title in (("num", "positives per image"), ("score", "score of the right class")):
+        ends = [re.escape(f"fast_rcnn/{what}_{group}") for group in GROUPS]
+        found = [re.fullmatch(rf"(.*/)?({'|'.join(ends)})", name) for name in names]
+        for stage in dict.fromkeys(match[1] or "" for match in found if match):
+            of_stage = {group: f"{stage}fast_rcnn/{what}_{group}" for group in GROUPS}
+            present = {group: name for group, name in of_stage.items() if name in names}
+            where = f", {stage.rstrip('/')}" if stage else ""
+            panels.append(_Panel(f"{title}{where}", present))
     return panels

@@ -1,6 +1,7 @@
 """Checks of a config's datasets before anything is built."""
 
 import os
+from collections import Counter
 from typing import (
     Collection,
     Dict,
@@ -28,6 +29,7 @@ from balanced_d2.data.checks.records import (
     left_out_findings,
     report,
 )
+from balanced_d2.data.class_balance import usable_annotations
 from balanced_d2.data.classes import (
     check_known,
     check_names,
@@ -55,6 +57,8 @@ class CheckedData(NamedTuple):
     """The datasets to :func:`~balanced_d2.data.adapted.adapt`."""
     deep: List[str]
     """The datasets with gray images of more than 8 bits, as far as a sample of them shows."""
+    class_counts: Optional[List[int]] = None
+    """The number of training objects of each of the model's classes; None if not known."""
 
 
 def check_datasets(
@@ -93,6 +97,7 @@ def check_datasets(
     classes: Dict[str, List[str]] = {}
     missing: Dict[str, Dict[str, str]] = {}
     deep: List[str] = []
+    counts: Dict[str, Counter] = {}
     for name in names:
         check_registered(name)
     for name in WithBar(names, desc="checking data", unit="dataset"):
@@ -128,7 +133,8 @@ def check_datasets(
             report(name, [*findings, *model_findings(cfg, name, records, name in trained)])
             if name in trained:
                 report(name, left_out_findings(records, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
-                usable += sum(1 for _ in _usable(records))
+                counts[name] = Counter(a["category_id"] for _, a in usable_annotations(records))
+                usable += sum(counts[name].values())
                 usable += sum("sem_seg_file_name" in record for record in records)
     if trained and annotations and not usable:
         raise UserError(
@@ -140,7 +146,24 @@ def check_datasets(
             check_num_classes(cfg, model, _whose(trained or evaluated[:1]))
         if num_classes_key(cfg)[1] != len(model):  # as with a mapper that changes them
             model = None
-    return CheckedData(model, _changes(classes, missing, model, evaluated, annotations), deep)
+    changes = _changes(classes, missing, model, evaluated, annotations)
+    return CheckedData(model, changes, deep, _class_counts(trained, counts, changes, model))
+
+
+def _class_counts(
+    trained: Sequence[str],
+    counts: Mapping[str, Counter],
+    changes: Mapping[str, Change],
+    model: Optional[Sequence[str]],
+) -> Optional[List[int]]:
+    if model is None or not trained or any(name not in counts for name in trained):
+        return None
+    total = [0] * len(model)
+    for name in trained:
+        numbers = changes[name].numbers if name in changes else None
+        for category, number in counts[name].items():
+            total[category if numbers is None else numbers[category]] += number
+    return total
 
 
 def _model_classes(
@@ -293,14 +316,6 @@ def check_files(name: str) -> None:
             )
 
 
-def _usable(records: List[Dict]) -> Iterator[Tuple[Dict, Dict]]:
-    """All annotations that training uses, with their records: those that are not crowds."""
-    for record in records:
-        for annotation in record.get("annotations", ()):
-            if not annotation.get("iscrowd", 0):
-                yield record, annotation
-
-
 def model_findings(cfg: CfgNode, name: str, records: List[Dict], trained: bool) -> List[Finding]:
     """Find what the model of a config needs but the annotations of a dataset do not have.
 
@@ -311,7 +326,7 @@ def model_findings(cfg: CfgNode, name: str, records: List[Dict], trained: bool) 
     # Other datasets can evaluate such a model by its boxes alone, for example Pascal VOC.
     if not trained and MetadataCatalog.get(name).get("evaluator_type") not in ("coco", "lvis"):
         return []
-    usable = list(_usable(records))
+    usable = list(usable_annotations(records))
     findings: List[Finding] = []
     if cfg.MODEL.MASK_ON:
         findings += _mask_findings(cfg, usable, trained)
