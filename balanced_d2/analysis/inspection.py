@@ -158,9 +158,8 @@ def _rare_classes(cfg: CfgNode, found: Inspection) -> List[Advice]:
         return []
     rarest = used[images[used].argmin()]
     mean = float(images[used].mean())
-    if images[rarest] * RARE > mean or cfg.DATALOADER.SAMPLER_TRAIN in (
-        *("RepeatFactorTrainingSampler", "UniformClassTrainingSampler"),
-    ):
+    by_class = ("RepeatFactorTrainingSampler", "UniformClassTrainingSampler")
+    if images[rarest] * RARE > mean or cfg.DATALOADER.SAMPLER_TRAIN in by_class:
         return []
     num_images = found.counts.images[0]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -174,8 +173,8 @@ def _rare_classes(cfg: CfgNode, found: Inspection) -> List[Advice]:
     )
     text = (
         "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler and DATALOADER.REPEAT_THRESHOLD "
-        f"{threshold:g} shows its images {factors[rarest]:.1f} times as often (docs/imbalance.md has "
-        "other ways)"
+        f"{threshold:g} shows its images {factors[rarest]:.1f} times as often; docs/imbalance.md "
+        "has other ways"
     )
     return [Advice(figure, text)]
 

@@ -90,8 +90,9 @@ def _check_combinations(cfg: CfgNode) -> None:
         check_together(heads.POSITIVE_SAMPLER == "random")
     if not has_sigmoid_scores(box_head):
         return
+    loss = box_head.CLS_LOSS_TYPE
     for key, value, is_on in (
-        ("ROI_BOX_HEAD.CLS_LOSS_TYPE", box_head.CLS_LOSS_TYPE, box_head.CLS_LOSS_TYPE != CROSS_ENTROPY),
+        ("ROI_BOX_HEAD.CLS_LOSS_TYPE", loss, loss != CROSS_ENTROPY),
         ("ROI_HEADS.NEGATIVE_SAMPLER", heads.NEGATIVE_SAMPLER, by_loss),
     ):
         if is_on:
@@ -132,9 +133,9 @@ def _idle_balances(cfg: CfgNode) -> Iterator[str]:
     box_head = model.ROI_BOX_HEAD
     if len(box_head.CLASS_WEIGHTS) and not box_head.CLS_LOSS_TYPE.startswith("weighted_"):
         yield (
-            f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS is {list(box_head.CLASS_WEIGHTS)}, which CLS_LOSS_TYPE "
-            f"{box_head.CLS_LOSS_TYPE} does not use; set that to weighted_cross_entropy or "
-            "weighted_focal, or remove the weights"
+            f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS is {list(box_head.CLASS_WEIGHTS)}, which "
+            f"CLS_LOSS_TYPE {box_head.CLS_LOSS_TYPE} does not use; set that to "
+            "weighted_cross_entropy or weighted_focal, or remove the weights"
         )
     loss = model.RETINANET.BBOX_REG_LOSS_TYPE
     if loss not in DETECTRON2_LOSSES and _is_detectron2s(meta_architecture):

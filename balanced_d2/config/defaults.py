@@ -60,12 +60,12 @@ def add_balanced_config(cfg: CN) -> None:
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
     # Number of bins for the IoU of negatives.
     cfg.MODEL.ROI_HEADS.NUM_BINS = 3
-    # For NEGATIVE_SAMPLER "ohem", which takes positives and negatives by their losses: the IoU above
-    # which a proposal is left out for a harder one; 1 for none.
+    # For NEGATIVE_SAMPLER "ohem", which takes positives and negatives by their losses: the IoU
+    # above which a proposal is left out for a harder one; 1 for none.
     cfg.MODEL.ROI_HEADS.OHEM_NMS_THRESH = 0.7
 
     # The number of training objects of each class, in order: for class weights, balanced softmax
-    # and the figures of rare, common and frequent classes. Found in the data when a training starts.
+    # and the figures of rare, common and frequent classes. Found in the data when training starts.
     cfg.MODEL.CLASS_COUNTS = []
     # The loss of classes in the RoI heads, for BalancedROIHeads and BalancedCascadeROIHeads:
     # "cross_entropy" (as in Detectron2), "weighted_cross_entropy", "focal", "weighted_focal",
@@ -75,8 +75,8 @@ def add_balanced_config(cfg: CN) -> None:
     # background; or pairs of name and number, where classes without one have 1. Empty: weights by
     # the counts.
     cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS = []
-    # Beta of the effective number, for weights by the counts: 0 for equal weights, 1 for the inverse
-    # frequency.
+    # Beta of the effective number, for weights by the counts: 0 for equal weights, 1 for the
+    # inverse frequency.
     cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHT_BETA = 0.999
     # For the focal losses: how much proposals that are classified well are down-weighted.
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 2.0

@@ -1,4 +1,6 @@
-"""The choices of ``DATALOADER.SAMPLER_TRAIN``: samplers of images, seeded; Detectron2's and one more.
+"""The choices of ``DATALOADER.SAMPLER_TRAIN``: seeded samplers of images.
+
+Detectron2's, and one of this project.
 
 The weighted samplers of Detectron2's main are built here from repeat factors, so that both versions
 have them.

@@ -40,6 +40,7 @@ class _COCOEvaluator(COCOEvaluator):
         self, dataset_name: str, output_dir: str, class_counts: Sequence[int] = (), **kwargs
     ):
         self._groups = class_groups(class_counts)
+
         def read(json_file: str) -> COCO:
             return GroundTruth(read_coco(dataset_name, json_file, evaluated=True)[0])
 
@@ -81,7 +82,7 @@ class _COCOEvaluator(COCOEvaluator):
             return _zeros(results, iou_type, self._logger)
         for metric, group in groups.items():
             of_group = [
-                results[f"AP-{name}"]
+                results.get(f"AP-{name}", np.nan)  # which data of a single class do not have
                 for name, number in zip(class_names or (), numbers)
                 if number < len(self._groups) and self._groups[number] == group
             ]
@@ -108,9 +109,7 @@ def _zeros(results: Dict[str, float], task: str, logger: logging.Logger) -> Dict
 
 # Builds the evaluator of each type from dataset name, output folder, TEST.KEYPOINT_OKS_SIGMAS and
 # MODEL.CLASS_COUNTS.
-EVALUATORS: Dict[
-    str, Callable[[str, str, Sequence[float], Sequence[int]], DatasetEvaluator]
-] = {
+EVALUATORS: Dict[str, Callable[[str, str, Sequence[float], Sequence[int]], DatasetEvaluator]] = {
     "coco": lambda name, folder, sigmas, counts: _COCOEvaluator(
         name, output_dir=folder, kpt_oks_sigmas=sigmas, class_counts=counts
     ),
@@ -120,9 +119,7 @@ EVALUATORS: Dict[
     "coco_panoptic_seg": lambda name, folder, sigmas, counts: DatasetEvaluators(
         [
             SemSegEvaluator(name, output_dir=folder),
-            _COCOEvaluator(
-                name, output_dir=folder, kpt_oks_sigmas=sigmas, class_counts=counts
-            ),
+            _COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas, class_counts=counts),
             COCOPanopticEvaluator(name, folder),
         ]
     ),

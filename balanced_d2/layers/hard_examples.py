@@ -44,9 +44,7 @@ class HardExampleSampler:
         """
         return {"nms_threshold": node.OHEM_NMS_THRESH}
 
-    def __call__(
-        self, losses: torch.Tensor, boxes: torch.Tensor, num_samples: int
-    ) -> torch.Tensor:
+    def __call__(self, losses: torch.Tensor, boxes: torch.Tensor, num_samples: int) -> torch.Tensor:
         """
         Args:
             losses: shape (M,), of all proposals of an image.

@@ -32,8 +32,8 @@ def check_balanced(cfg: CfgNode, model: nn.Module) -> None:
     loss = cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE
     if loss != CROSS_ENTROPY and not _any(modules, BalancedFastRCNNOutputLayers):
         raise UserError(
-            f"MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE is {loss!r}, which MODEL.ROI_HEADS.NAME {heads.NAME} "
-            "does not know; give it a BalancedFastRCNNOutputLayers as box predictor"
+            f"MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE is {loss!r}, which MODEL.ROI_HEADS.NAME "
+            f"{heads.NAME} does not know; give it a BalancedFastRCNNOutputLayers as box predictor"
         )
 
 

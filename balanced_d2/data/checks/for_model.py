@@ -5,7 +5,6 @@ from collections import Counter
 from typing import (
     Collection,
     Dict,
-    Iterator,
     List,
     Mapping,
     NamedTuple,

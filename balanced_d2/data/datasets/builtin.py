@@ -10,7 +10,7 @@ from functools import partial
 from detectron2.data import DatasetCatalog
 
 from balanced_d2.data.datasets.coco import register_coco
-from balanced_d2.data.datasets.shapes import CLASSES, SPLITS, ensure_shapes
+from balanced_d2.data.datasets.shapes import DEFAULT, SPLITS, TAIL, class_names, ensure_shapes
 
 
 def register_published(root: str) -> None:
@@ -26,19 +26,21 @@ def register_published(root: str) -> None:
 
 
 def register_balanced_shapes(root: str) -> None:
-    """Synthetic shapes, drawn into ``root/balanced_shapes`` the first time they are used."""
-    folder = os.path.join(root, "balanced_shapes")
-    for split in SPLITS:
-        name = f"balanced_shapes_{split}"
-        if name not in DatasetCatalog:
-            register_coco(
-                name,
-                os.path.join(folder, f"{split}.json"),
-                os.path.join(folder, split),
-                prepare=partial(ensure_shapes, folder),
-                thing_classes=list(CLASSES),
-                generated=True,
-            )
+    """Synthetic shapes, drawn into ``root/balanced_shapes`` the first time they are used, and
+    ``root/tail_shapes``, whose classes are not equally frequent in the training split."""
+    for dataset, config in (("balanced_shapes", DEFAULT), ("tail_shapes", TAIL)):
+        folder = os.path.join(root, dataset)
+        for split in SPLITS:
+            name = f"{dataset}_{split}"
+            if name not in DatasetCatalog:
+                register_coco(
+                    name,
+                    os.path.join(folder, f"{split}.json"),
+                    os.path.join(folder, split),
+                    prepare=partial(ensure_shapes, folder, config),
+                    thing_classes=list(class_names(config)),
+                    generated=True,
+                )
 
 
 _root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))

@@ -1,4 +1,4 @@
-"""A synthetic detection dataset: shapes of very different sizes over clutter, from a seed."""
+"""Synthetic detection datasets: shapes of very different sizes over clutter, from a seed."""
 
 import json
 import math
@@ -16,6 +16,8 @@ from balanced_d2.utils.errors import UserError
 CLASSES = ("disk", "square", "triangle", "ring", "cross")
 HUES = (0, 30, 65, 105, 145)
 """The hue around which each class is coloured (OpenCV: 0 to 180)."""
+TAIL_CLASSES = ("red", "orange", "lime", "green", "jade", "azure", "blue", "violet", "pink")
+"""The classes of data with a tail: hues at equal distances, of all shapes."""
 SPLITS = {"train": 320, "val": 80}
 """Number of images of each split."""
 
@@ -36,9 +38,30 @@ class ShapesConfig(NamedTuple):
     """Minimum share of a shape's pixels that stays visible where shapes overlap."""
     jpeg_quality: int = 92
     seed: int = 0
+    tail: float = 0.0
+    """0: the classes are the shapes, all as frequent. Otherwise they are :data:`TAIL_CLASSES`,
+    alike in difficulty because they differ in hue alone, and in the training split the most
+    frequent has this many times the objects of the rarest, with equal ratios between neighbours.
+    Which class is how frequent depends on the seed. In the other split all are as frequent."""
 
 
 DEFAULT = ShapesConfig()
+TAIL = ShapesConfig(tail=100.0)
+
+
+def class_names(config: ShapesConfig) -> Tuple[str, ...]:
+    """The classes of a dataset, in order."""
+    return TAIL_CLASSES if config.tail else CLASSES
+
+
+def class_shares(config: ShapesConfig, split: str) -> np.ndarray:
+    """The share of each class among the objects of a split, (K,), as it is drawn."""
+    number = len(class_names(config))
+    if not config.tail or split != "train":
+        return np.full(number, 1 / number)
+    shares = config.tail ** (-np.arange(number) / (number - 1))
+    order = np.random.default_rng((config.seed, len(SPLITS))).permutation(number)
+    return (shares / shares.sum())[order]
 
 
 def ensure_shapes(folder: str, config: ShapesConfig = DEFAULT) -> None:
@@ -53,6 +76,8 @@ def ensure_shapes(folder: str, config: ShapesConfig = DEFAULT) -> None:
     """
     target = Path(folder).absolute()
     expected = {"generator": "balanced_shapes", "version": VERSION, **config._asdict()}
+    if not config.tail:  # so that data of before there was one stay
+        del expected["tail"]
     expected = json.loads(json.dumps(expected))  # tuples as they read back from a file
     if _read_info(target) == expected:
         return
@@ -88,16 +113,14 @@ def _read_info(folder: Path) -> Optional[Dict]:
 
 
 def _draw_splits(folder: Path, config: ShapesConfig) -> None:
-    progress = tqdm(
-        total=sum(SPLITS.values()), desc="drawing balanced_shapes", unit="image", disable=None
-    )
+    progress = tqdm(total=sum(SPLITS.values()), desc="drawing shapes", unit="image", disable=None)
     for index, (split, num_images) in enumerate(SPLITS.items()):
         (folder / split).mkdir()
         images: List[Dict] = []
         annotations: List[Dict] = []
         for image_id in range(1, num_images + 1):
             rng = np.random.default_rng((config.seed, index, image_id))
-            image, shapes = draw_image(rng, config)
+            image, shapes = draw_image(rng, config, split)
             file_name = f"{image_id:06d}.jpg"
             cv2.imwrite(
                 str(folder / split / file_name),
@@ -120,14 +143,16 @@ def _draw_splits(folder: Path, config: ShapesConfig) -> None:
                     }
                 )
             progress.update()
-        categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+        categories = [
+            {"id": i, "name": name} for i, name in enumerate(class_names(config), start=1)
+        ]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (folder / f"{split}.json").write_text(json.dumps(content))
     progress.close()
 
 
 def draw_image(
-    rng: np.random.Generator, config: ShapesConfig
+    rng: np.random.Generator, config: ShapesConfig, split: str = "train"
 ) -> Tuple[np.ndarray, List[Tuple[int, List[int]]]]:
     """Draw one image.
 
@@ -141,11 +166,16 @@ def draw_image(
     masks: List[np.ndarray] = []
     visible: List[np.ndarray] = []
     for _ in range(int(rng.integers(*config.shapes_per_image, endpoint=True))):
-        category = int(rng.integers(len(CLASSES)))
-        mask = _place(rng, CLASSES[category], config, masks, visible)
+        shape = category = int(rng.integers(len(CLASSES)))
+        if config.tail:
+            category = int(rng.choice(len(TAIL_CLASSES), p=class_shares(config, split)))
+        mask = _place(rng, CLASSES[shape], config, masks, visible)
         if mask is None:
             continue
-        _paint(rng, image, mask, HUES[category])
+        if config.tail:
+            _paint(rng, image, mask, 180 * category / len(TAIL_CLASSES), spread=6)
+        else:
+            _paint(rng, image, mask, HUES[category])
         visible = [part & ~mask for part in visible]
         categories.append(category)
         masks.append(mask)
@@ -233,10 +263,12 @@ def _polygon(centre, radius: float, angles: List[float]) -> np.ndarray:
     return np.array(_fixed(points), np.int32)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, hue: int) -> None:
+def _paint(
+    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, hue: float, spread: float = 10
+) -> None:
     """Fill the mask with a colour near the hue, a little uneven."""
     inside = mask.astype(bool)
-    hsv = [(hue + rng.uniform(-10, 10)) % 180, rng.uniform(130, 255), rng.uniform(110, 255)]
+    hsv = [(hue + rng.uniform(-spread, spread)) % 180, rng.uniform(130, 255), rng.uniform(110, 255)]
     colour = cv2.cvtColor(np.array([[hsv]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0]
     shade: np.ndarray = rng.uniform(0.85, 1.15, (4, 4)).astype(np.float32)
     shade = cv2.resize(shade, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
