@@ -272,7 +272,11 @@ class Marker:
 
 
 @pytest.mark.parametrize(
-    "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler"]
+    "sampler",
+    [
+        *("TrainingSampler", "RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler"),
+        "UniformClassTrainingSampler",
+    ],
 )
 def test_no_second_copy_of_the_records_is_kept(sampler, registered):
     """The loader stores them as one block of bytes."""

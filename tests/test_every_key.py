@@ -46,6 +46,11 @@ VARIANTS = {
         *("MODEL.TIMM.PRETRAINED", "False", "MODEL.DEVICE", "cpu"),
     ],
     "cascade": ["MODEL.ROI_HEADS.NAME", "BalancedCascadeROIHeads"],
+    "OHEM": ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "ohem"],
+    **{
+        name: ["MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", name, "MODEL.CLASS_COUNTS", "[3, 4]"]
+        for name in ("weighted_focal", "seesaw")
+    },
     "panoptic": ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", "True"],
     "rotated": [
         *("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN", "MODEL.ROI_HEADS.NAME", "RROIHeads"),
@@ -59,7 +64,7 @@ VARIANTS = {
 ROTATED_AND_CASCADE = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
 SAMPLERS = [
     *("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
-    "WeightedCategoryTrainingSampler",
+    *("WeightedCategoryTrainingSampler", "UniformClassTrainingSampler"),
 ]
 
 

@@ -7,7 +7,13 @@ import torch
 from detectron2.modeling import build_model
 
 from balanced_d2 import load_config
-from balanced_d2.modeling import BOX_REG_LOSSES, NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS, REFINEMENTS
+from balanced_d2.modeling import (
+    BOX_REG_LOSSES,
+    CLS_LOSSES,
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    REFINEMENTS,
+)
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
@@ -91,6 +97,7 @@ def test_trainer_of_contributing(tiny_coco, tmp_path):
         ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", NEGATIVE_SAMPLERS),
         ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", POSITIVE_SAMPLERS),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", BOX_REG_LOSSES),
+        ("MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", CLS_LOSSES),
         ("MODEL.BALANCED_FPN.REFINE_TYPE", REFINEMENTS),
     ],
 )
