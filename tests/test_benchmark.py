@@ -26,7 +26,7 @@ def test_runs_on_tiny_sizes(tmp_path):
     assert "Warning" not in result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {"date", "device", "threads", "torch"} <= set(figures["machine"])
-    assert len(figures["results"]) == 18
+    assert len(figures["results"]) == 21
     for title, rows in figures["results"].items():
         assert title in result.stdout
         if "exponents" in rows:

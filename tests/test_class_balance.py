@@ -164,7 +164,8 @@ def test_wrong_arguments(arguments, message):
 
 
 class _Sigmoid(BalancedFastRCNNOutputLayers):
-    use_sigmoid_ce = True  # as an instance of Detectron2's main has it
+    # As an instance of Detectron2's main has it, which sets it when it is made.
+    use_sigmoid_ce = property(lambda self: True, lambda self, value: None)
 
 
 def test_sigmoid_scores_of_main():

@@ -28,6 +28,7 @@ from balanced_d2 import load_config
 from balanced_d2.engine.speed import autocast, has_fast_bfloat16, speed_up, use_available_device
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.modeling import (
+    CLS_LOSSES,
     FeatureBalancer,
     NonLocal2d,
     balanced_l1_loss,
@@ -563,6 +564,56 @@ def measure_parts(bench: Bench, scale: float) -> None:
     )
 
 
+HARD = {
+    "random": (),
+    "IoU-balanced": ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"),
+    "OHEM": ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "ohem"),
+    "OHEM, no suppression": (
+        *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "ohem", "MODEL.ROI_HEADS.OHEM_NMS_THRESH", "1.0"),
+    ),
+}
+
+
+def measure_classes(bench: Bench, scale: float) -> None:
+    """What hard examples and class losses cost."""
+    config = f"COCO-Detection/{WHOLE['plain']}"
+    models = {name: WholeModel(bench, config, options) for name, options in HARD.items()}
+    batch = [labelled_image(seed, round(320 * scale), round(480 * scale)) for seed in (0, 1)]
+    _, height, width = batch[0]["image"].shape
+    bench.compare(
+        f"training iteration, batch 2, {height} x {width}, by the sampler of proposals",
+        {name: functools.partial(model.train, batch) for name, model in models.items()},
+    )
+
+    for number in (80, 1203):
+        logits = torch.randn(1024, number + 2, device=bench.device, requires_grad=True)
+        classes = torch.randint(number + 1, (1024,), device=bench.device)
+        node = load_config("").MODEL.ROI_BOX_HEAD
+        counts = [1 + k * k for k in range(number)]
+
+        def runs(loss, logits=logits, classes=classes):
+            def run():
+                loss.loss(logits[:, : loss.num_logits], classes).mean().backward()
+                logits.grad = None
+
+            return run
+
+        losses = {
+            name: CLS_LOSSES.build(name, node, num_classes=number, class_counts=counts)
+            for name in CLS_LOSSES.names()
+        }
+        bench.compare(
+            f"class loss of 1,024 proposals of {number:,} classes, forward and backward",
+            {
+                "cross_entropy": lambda logits=logits, classes=classes: F.cross_entropy(
+                    logits[:, :-1], classes
+                ).backward(),
+                **{name: runs(loss.to(bench.device)) for name, loss in losses.items()},
+            },
+            calls=20,
+        )
+
+
 def measure_growth(bench: Bench, scale: float) -> None:
     """How the cost of balancing grows with the image and the batch."""
     side = max(64, 32 * round(256 * scale / 32))
@@ -686,6 +737,7 @@ PARTS = {
     "whole": measure_whole,
     "fast": measure_fast,
     "parts": measure_parts,
+    "classes": measure_classes,
     "growth": measure_growth,
     "operators": measure_operators,
 }

@@ -9,71 +9,21 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
-
-import numpy as np
-from scipy import stats
+from typing import Dict, List, Sequence, Tuple
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.utils.errors import UserError, check_choice, report_user_errors
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
+from estimates import difference, estimate
 from matplotlib.figure import Figure
 from train import ALL_ROWS, read_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-CONFIDENCE = 0.95
 
 Results = Dict[str, Dict[int, Dict]]
 """The line of each run by row and seed."""
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds, and half the width of its confidence interval (NaN for a single seed)."""
-
-    mean: float
-    margin: float
-
-    def __str__(self) -> str:
-        if np.isnan(self.mean):  # no such objects in the data
-            return "–"
-        if np.isnan(self.margin):
-            return f"{self.mean:.1f}"
-        return f"{self.mean:.1f} ± {self.margin:.1f}"
-
-
-class Difference(NamedTuple):
-    """The mean of differences paired by seed, with its margin and p-value."""
-
-    mean: float
-    margin: float
-    p: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.margin:.1f} (p = {self.p:.3f})"
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean, and its margin by Student's t-distribution."""
-    number = len(values)
-    if number < 2:
-        return Estimate(float(np.mean(values)), float("nan"))
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)
-    return Estimate(
-        float(np.mean(values)), float(quantile * np.std(values, ddof=1) / np.sqrt(number))
-    )
-
-
-def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Difference]:
-    """The gain of a row over another; None if they have fewer than two seeds in common or there are
-    no such objects."""
-    seeds = sorted(row.keys() & other.keys())
-    differences = [row[seed] - other[seed] for seed in seeds]
-    if len(seeds) < 2 or np.isnan(differences).any():
-        return None
-    p = 1.0 if not any(differences) else stats.ttest_1samp(differences, 0).pvalue
-    return Difference(*estimate(differences), float(p))
 
 
 def main(args: argparse.Namespace) -> None:

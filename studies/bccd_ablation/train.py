@@ -15,7 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.metrics import read_metrics
@@ -172,30 +172,47 @@ def train(study: Study, run: Run) -> str:
         for split in ("train", "val"):
             files = os.path.join(shapes, f"{split}.json"), os.path.join(shapes, split)
             register += ["--register", split, *files]
+    weights = ["MODEL.WEIGHTS", initial_weights(study, run.data, run.seed)]
+    error, figures = measure(CONFIG, [*opts, *weights], register, study.threads)
+    if not error:
+        options_of_row = [*ALL_ROWS[run.row], *study.opts]
+        append_line(study.results, {**run._asdict(), **figures, "options": options_of_row})
+    return error
+
+
+def measure(
+    config: str, opts: Sequence[str], register: Sequence[str], threads: int
+) -> Tuple[str, Dict]:
+    """Train and evaluate, or go on where a training was interrupted.
+
+    Args:
+        config: the YAML file.
+        opts: its options, with ``OUTPUT_DIR``, which exists.
+        register: arguments ``--register NAME PATH PATH`` of ``train_net.py``, repeated.
+        threads: how many PyTorch uses.
+
+    Returns:
+        The error, or "", and the figures of the run.
+    """
+    folder = opts[list(opts).index("OUTPUT_DIR") + 1]
     with open(os.path.join(folder, "output.txt"), "a") as log:
         process = subprocess.Popen(
             [
                 *(sys.executable, str(ROOT / "train_net.py"), "--resume", *register),
-                *("--config-file", CONFIG, *opts),
-                *("MODEL.WEIGHTS", initial_weights(study, run.data, run.seed)),
+                *("--config-file", config, *opts),
             ],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": str(study.threads),
-                "PYTHONPATH": str(ROOT),
-            },
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        return f"exit code {process.returncode}, see {log.name}"
+        return f"exit code {process.returncode}, see {log.name}", {}
     metrics = read_metrics(folder)
-    cfg = load_config(CONFIG, [*opts, "MODEL.DEVICE", "meta"])
+    cfg = load_config(config, [*opts, "MODEL.DEVICE", "meta"])
     parameters = sum(p.numel() for p in build_model(cfg).parameters())
-    line = {
-        **run._asdict(),
+    return "", {
         "iterations": cfg.SOLVER.MAX_ITER,
         "results": {
             name.removeprefix("bbox/"): list(values.values())[-1]
@@ -205,17 +222,19 @@ def train(study: Study, run: Run) -> str:
         "parameters": parameters,
         "seconds_per_iteration": statistics.median(metrics["time"].values()),
         "peak_memory_mib": round(usage.ru_maxrss / 1024),
-        "threads": study.threads,
+        "threads": threads,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "options": [*ALL_ROWS[run.row], *study.opts],
     }
-    with open(study.results, "a") as file:
+
+
+def append_line(path: str, line: Dict) -> None:
+    """Append a line to a results file, on disk when this returns."""
+    with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    return ""
 
 
 def parse_args() -> argparse.Namespace:
