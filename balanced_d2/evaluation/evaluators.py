@@ -71,7 +71,7 @@ class _COCOEvaluator(COCOEvaluator):
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         # Detectron2 takes the names in the order of the file's ids.
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
-        numbers = range(len(class_names or ()))
+        numbers = list(range(len(class_names or ())))
         if coco_eval is not None and class_names and ids.keys() >= set(coco_eval.params.catIds):
             numbers = [ids[category] for category in coco_eval.params.catIds]
             class_names = [class_names[number] for number in numbers]

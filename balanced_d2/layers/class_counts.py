@@ -50,7 +50,7 @@ def weights_of_counts(counts: Sequence[int], beta: float) -> torch.Tensor:
         beta: in [0, 1].
 
     Returns:
-        Float64 (K,).
+        Float64 (K,), on the CPU.
 
     Raises:
         UserError: if ``beta`` is out of range.
@@ -60,7 +60,7 @@ def weights_of_counts(counts: Sequence[int], beta: float) -> torch.Tensor:
             f"beta of the effective number (MODEL.ROI_BOX_HEAD.CLASS_WEIGHT_BETA) is {beta}; it "
             "has to be from 0 (equal weights) to 1 (inverse frequency)"
         )
-    numbers = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1)
+    numbers = torch.as_tensor(counts, dtype=torch.float64, device="cpu").clamp(min=1)
     if beta == 1:
         weights = 1 / numbers
     elif beta == 0:

@@ -142,21 +142,20 @@ class _WeightedMixin(nn.Module):
         if weights is None:
             self.weights = None
             return
-        tensor = torch.as_tensor(weights, dtype=torch.float32)
-        if len(tensor) == num_classes:
-            tensor = F.pad(tensor, (0, 1), value=1.0)
-        if tensor.shape != (num_classes + 1,):
+        if len(weights) not in (num_classes, num_classes + 1):
             raise UserError(
-                f"there are {len(tensor)} class weights (MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS); "
+                f"there are {len(weights)} class weights (MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS); "
                 f"{num_classes} are needed, one for each class, or {num_classes + 1} with that of "
                 "the background last"
             )
-        if not (torch.isfinite(tensor) & (tensor >= 0)).all():
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise UserError(
                 f"class weights (MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS) are {list(weights)}; all have "
                 "to be finite numbers, at least 0"
             )
         # It follows from the config, so it is in no checkpoint.
+        of_background = [] if len(weights) > num_classes else [1.0]
+        tensor = torch.tensor([*weights, *of_background], dtype=torch.float32)
         self.register_buffer("weights", tensor, persistent=False)
 
     def _weighted(self, losses: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Balanced sampling of proposals (Libra R-CNN, section 3.1) for Detectron2's RoI heads."""
 
-from typing import TYPE_CHECKING, Dict, List, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -53,7 +53,7 @@ class BalancedSamplingMixin(_Mixin):
     def __init__(
         self,
         *,
-        negative_sampler: Sampler = sample_random,
+        negative_sampler: Callable[..., torch.Tensor] = sample_random,
         positive_sampler: Sampler = sample_random,
         num_bins: int = 3,
         **kwargs,
@@ -68,7 +68,7 @@ class BalancedSamplingMixin(_Mixin):
         self.num_bins = num_bins
         self.iou_range = negative_iou_range(self.proposal_matcher)
         check_bins(num_bins, self.iou_range)
-        self._sample_negatives = negative_sampler
+        self._sample_negatives: Callable[..., torch.Tensor] = negative_sampler
         self._sample_positives = positive_sampler
         self.needs_losses = getattr(negative_sampler, "needs_losses", False)
         if self.needs_losses:
