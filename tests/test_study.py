@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from balanced_d2.config import load_config
+from balanced_d2.data.datasets.shapes import TAIL, VERSION
 from balanced_d2.data.loader import TrainLoader
 
 from .conftest import ROOT, TINY_MODEL, load_tool, run_program, write_bccd
@@ -210,3 +211,72 @@ def test_gradients_are_those_of_training(gradients, tiny_coco):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+# studies/class_balance
+
+
+def test_class_balance(tmp_path):
+    """Two rows on generated data in small, and what their lines become."""
+    results, output = tmp_path / "results.jsonl", tmp_path / "output"
+    shapes = output / "data" / "tail-7"
+    json_file = write_bccd_as_tail(shapes)
+    rows = ("--rows", "plain", "repeat factors and seesaw", "--seeds", "7")
+    opts = [
+        *OPTS,
+        "SOLVER.MAX_ITER",
+        "2",
+        "SOLVER.AMP.ENABLED",
+        "False",
+        "TEST.AMP.ENABLED",
+        "False",
+    ]
+    result = run_program(
+        *("-m", "studies.class_balance.train", *rows, "--results", results),
+        *("--output", output, *opts),
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["row"] for line in lines] == ["plain", "repeat factors and seesaw"]
+    content = json.loads(json_file.read_text())
+    images = [
+        len({a["image_id"] for a in content["annotations"] if a["category_id"] == c["id"]})
+        for c in content["categories"]
+    ]
+    number = len({a["image_id"] for a in content["annotations"]})
+    threshold = f"{round(sum(images) / len(images) / number, 3):g}"
+    assert lines[1]["options"][:4] == [
+        *("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        *("DATALOADER.REPEAT_THRESHOLD", threshold),
+    ]
+    assert {"AP", "APr", "APc", "APf"} <= lines[0]["results"].keys()
+
+    for seed, gain in ((11, 4.0), (12, 6.0)):  # of which the table is
+        for row, more in (("plain", 0.0), ("seesaw", gain)):
+            found = dict.fromkeys(("AP", "APr", "APc", "APf"), 10.0 + more)
+            line = {"data": "tail", "row": row, "seed": seed, "results": found}
+            with open(results, "a") as file:
+                file.write(json.dumps(line) + "\n")
+    result = run_program(
+        *("-m", "studies.class_balance.table", results, "--seeds", "11", "12"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "| plain | 2 | 10.0 ± 0.0 | " in result.stdout
+    assert "| seesaw | +5.0 ± 12.7 (p = 0.126) | " in result.stdout
+    result = run_program("-m", "studies.class_balance.table", results, "--data", "aquarium")
+    assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
+
+
+def write_bccd_as_tail(folder):
+    """A few images in the place of those that would be drawn; the file of the training split."""
+    write_bccd(folder.parent)
+    (folder.parent / "bccd").rename(folder)
+    content = json.loads((folder / "train.json").read_text())
+    content["annotations"][0]["category_id"] = 3
+    for split in ("train", "val"):
+        (folder / f"{split}.json").write_text(json.dumps(content))
+        (folder / split).symlink_to(folder / "images")
+    info = {"generator": "balanced_shapes", "version": VERSION, **TAIL._replace(seed=7)._asdict()}
+    (folder / "info.json").write_text(json.dumps(info))
+    return folder / "train.json"

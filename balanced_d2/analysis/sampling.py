@@ -57,7 +57,8 @@ def check_samples_proposals(cfg: CfgNode) -> None:
 
 
 def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) -> SampledNegatives:
-    """Sample from a model's proposals on training data, with every negative sampler in turn.
+    """Sample from a model's proposals on training data, with every negative sampler in turn that
+    needs no losses.
 
     All samplers get the same proposals, made as in training: from augmented images of
     ``DATASETS.TRAIN``, with batch statistics and the number of proposals that ``MODEL.RPN`` sets
@@ -68,7 +69,11 @@ def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) 
         model: the model of ``cfg``, with trained weights; see :func:`check_samples_proposals`.
         num_iterations: number of batches.
     """
-    samplers = {name: _sampler(cfg, name) for name in NEGATIVE_SAMPLERS.names()}
+    samplers = {
+        name: _sampler(cfg, name)
+        for name, sampler in NEGATIVE_SAMPLERS
+        if not getattr(sampler, "needs_losses", False)
+    }
     everything = _sampler(cfg, "random")
     everything.batch_size_per_image = int(1e9)
     ious: Dict[str, List[np.ndarray]] = {name: [] for name in (*samplers, "available")}

@@ -223,7 +223,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         if self.classification_loss is None:
             return super().predict_probs(predictions, proposals)
         probabilities = self.classification_loss.probabilities(predictions[0])
-        return probabilities.split([len(p) for p in proposals], dim=0)
+        # Not len(), which has to be a number, and a trace would keep it.
+        return probabilities.split([p.__len__() for p in proposals], dim=0)
 
     def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
         """
