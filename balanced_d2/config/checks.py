@@ -15,7 +15,7 @@ from detectron2.modeling import (
 )
 
 from balanced_d2.layers.box_losses import BOX_REG_LOSSES, DETECTRON2_LOSSES
-from balanced_d2.layers.class_losses import CLS_LOSSES, CROSS_ENTROPY
+from balanced_d2.layers.class_losses import CLS_LOSSES, CROSS_ENTROPY, WITHOUT_WEIGHTS
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
 from balanced_d2.modeling.balanced_sampling import check_together
@@ -131,7 +131,7 @@ def _idle_balances(cfg: CfgNode) -> Iterator[str]:
                 "support; set that to BalancedROIHeads or BalancedCascadeROIHeads"
             )
     box_head = model.ROI_BOX_HEAD
-    if len(box_head.CLASS_WEIGHTS) and not box_head.CLS_LOSS_TYPE.startswith("weighted_"):
+    if len(box_head.CLASS_WEIGHTS) and box_head.CLS_LOSS_TYPE in WITHOUT_WEIGHTS:
         yield (
             f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS is {list(box_head.CLASS_WEIGHTS)}, which "
             f"CLS_LOSS_TYPE {box_head.CLS_LOSS_TYPE} does not use; set that to "

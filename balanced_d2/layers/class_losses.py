@@ -16,6 +16,8 @@ from balanced_d2.utils.registry import Registry
 
 # Detectron2's own, which it computes itself.
 CROSS_ENTROPY = "cross_entropy"
+# Those of this project that ``CLASS_WEIGHTS`` has no effect on.
+WITHOUT_WEIGHTS = (CROSS_ENTROPY, "focal", "balanced_softmax", "seesaw")
 CLS_LOSSES = Registry("CLS_LOSSES", "MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", (CROSS_ENTROPY,))
 
 

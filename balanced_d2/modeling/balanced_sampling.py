@@ -134,9 +134,10 @@ class BalancedSamplingMixin(_Mixin):
         for image_proposals, image_targets in zip(proposals, targets):
             _, matched, labels = self._match(image_proposals, image_targets)
             everything = torch.arange(len(labels), device=labels.device)
-            candidates.append(
-                self._labelled(image_proposals, image_targets, everything, matched, labels)
-            )
+            # Without masks, of which a copy for each of all proposals would be large.
+            boxes = Instances(image_targets.image_size, gt_boxes=image_targets.gt_boxes)
+            boxes.gt_classes = image_targets.gt_classes
+            candidates.append(self._labelled(image_proposals, boxes, everything, matched, labels))
         return [
             Instances(image.image_size, **image.get_fields(), losses=losses)
             for image, losses in zip(
