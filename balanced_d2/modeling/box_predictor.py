@@ -49,6 +49,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             main; or if there are counts for another number of classes.
     """
 
+    cls_score: nn.Linear
+
     @configurable
     def __init__(
         self,
@@ -114,18 +116,19 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         scores, deltas = predictions
         if self.classification_loss is None:
             if self.class_groups is not None and len(proposals):
-                self._log_groups(self._probabilities(scores.detach()), proposals)
+                _log_groups(self.class_groups, self._probabilities(scores.detach()), proposals)
             return super().losses(predictions, proposals)
         classes = cat([p.gt_classes for p in proposals])
         probabilities = self._probabilities(scores.detach())
         _log_classification_stats(probabilities, classes)
         if self.class_groups is not None:
-            self._log_groups(probabilities, proposals)
+            _log_groups(self.class_groups, probabilities, proposals)
         if hasattr(self.classification_loss, "count"):
             self.classification_loss.count(classes)
+        proposal_boxes, gt_boxes = _boxes(proposals)
         losses = {
             "loss_cls": self.classification_loss.loss(scores, classes).sum() / max(len(classes), 1),
-            "loss_box_reg": self.box_reg_loss(*_boxes(proposals), deltas, classes),
+            "loss_box_reg": self.box_reg_loss(proposal_boxes, gt_boxes, deltas, classes),
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
@@ -196,25 +199,6 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             return self.classification_loss.probabilities(scores)
         return scores.sigmoid() if has_sigmoid_scores(self) else F.softmax(scores, dim=-1)
 
-    def _log_groups(self, probabilities: torch.Tensor, proposals: List[Instances]) -> None:
-        """
-        Args:
-            probabilities: shape (R, num_classes + 1), without a gradient.
-        """
-        storage = get_event_storage()
-        # To read the figures, the host has to wait for the device.
-        if probabilities.is_cuda and (storage.iter + 1) % LOG_PERIOD != 0:
-            return
-        classes = cat([p.gt_classes for p in proposals])
-        groups = self.class_groups[classes]
-        right = probabilities.gather(1, classes[:, None]).squeeze(1).float()
-        values = torch.stack([torch.ones_like(right), right])
-        sums = values.new_zeros(2, len(GROUPS) + 1).index_add_(1, groups, values)
-        for name, number, total in zip(GROUPS, *sums.tolist()):
-            storage.put_scalar(f"fast_rcnn/num_{name}", number / len(proposals))
-            if number:
-                storage.put_scalar(f"fast_rcnn/score_{name}", total / number)
-
     def predict_probs(self, predictions, proposals: List[Instances]):
         """
         Returns:
@@ -251,3 +235,26 @@ def _boxes(proposals: List[Instances]):
     boxes = cat([p.proposal_boxes.tensor for p in proposals])
     gt = [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
     return boxes, cat(gt)
+
+
+def _log_groups(
+    group_of_class: torch.Tensor, probabilities: torch.Tensor, proposals: List[Instances]
+) -> None:
+    """
+    Args:
+        group_of_class: shape (num_classes + 1,), the group of each class; 3 for none.
+        probabilities: shape (R, num_classes + 1), without a gradient.
+    """
+    storage = get_event_storage()
+    # To read the figures, the host has to wait for the device.
+    if probabilities.is_cuda and (storage.iter + 1) % LOG_PERIOD != 0:
+        return
+    classes = cat([p.gt_classes for p in proposals])
+    groups = group_of_class[classes]
+    right = probabilities.gather(1, classes[:, None]).squeeze(1).float()
+    values = torch.stack([torch.ones_like(right), right])
+    sums = values.new_zeros(2, len(GROUPS) + 1).index_add_(1, groups, values)
+    for name, number, total in zip(GROUPS, *sums.tolist()):
+        storage.put_scalar(f"fast_rcnn/num_{name}", number / len(proposals))
+        if number:
+            storage.put_scalar(f"fast_rcnn/score_{name}", total / number)

@@ -1,7 +1,7 @@
 """RoI heads that sample their proposals, and learn boxes and classes, in a balanced way."""
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List
 
 import torch
 from detectron2.config import CfgNode
@@ -71,7 +71,13 @@ def _balanced(
     return balanced
 
 
-class CandidateLossesMixin:
+if TYPE_CHECKING:  # to type checkers, what a mixin uses is that of the class it is mixed into
+    from detectron2.modeling.roi_heads import StandardROIHeads as _Mixin
+else:
+    _Mixin = object
+
+
+class CandidateLossesMixin(_Mixin):
     """The losses of all proposals for samplers that need them, for a ``StandardROIHeads`` or, by
     its first stage, a ``CascadeROIHeads``."""
 
@@ -94,8 +100,8 @@ class CandidateLossesMixin:
         return list(losses.split([len(image) for image in candidates]))
 
 
-def _stages(part: nn.Module) -> Sequence[Any]:
-    return part if isinstance(part, nn.ModuleList) else [part]
+def _stages(part: nn.Module) -> List[Any]:
+    return list(part) if isinstance(part, nn.ModuleList) else [part]
 
 
 @contextmanager
