@@ -1,10 +1,11 @@
-"""studies/bccd_ablation: comparable and resumable runs, and correct tables."""
+"""studies/: comparable and resumable runs, and correct tables."""
 
+import importlib
 import json
 import math
-import sys
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,40 +17,30 @@ from balanced_d2.config import load_config
 from balanced_d2.data.datasets.shapes import TAIL, VERSION
 from balanced_d2.data.loader import TrainLoader
 
-from .conftest import ROOT, TINY_MODEL, load_tool, run_program, write_bccd
+from .conftest import TINY_MODEL, run_program, write_bccd
 
 pytestmark = pytest.mark.slow
 
-FOLDER = "studies/bccd_ablation"
 # A few iterations (the first are not timed) of a tiny model that do not change its weights.
 OPTS = [*TINY_MODEL[2:], "SOLVER.MAX_ITER", "5", "SOLVER.BASE_LR", "0.0"]
 
 
 @pytest.fixture(scope="module")
-def programs():
-    """Programs of the study by name, which import each other."""
+def gradients():
     pytest.importorskip("scipy")
-    sys.path.insert(0, str(ROOT / FOLDER))
-    try:
-        yield {name: load_tool(name, FOLDER) for name in ("table", "gradients")}
-    finally:
-        sys.path.remove(str(ROOT / FOLDER))
+    return importlib.import_module("studies.bccd_ablation.gradients")
 
 
-@pytest.fixture
-def table(programs):
-    return programs["table"]
+@pytest.fixture(scope="module")
+def estimates():
+    pytest.importorskip("scipy")
+    return importlib.import_module("studies.estimates")
 
 
-@pytest.fixture
-def gradients(programs):
-    return programs["gradients"]
-
-
-def train(results, output, datasets, *arguments, opts=()):
+def train(results, output, datasets, *arguments, opts=(), study="bccd_ablation"):
     return run_program(
-        f"{FOLDER}/train.py",
-        *(*arguments, "--results", results, "--output", output, *OPTS, *opts),
+        *("-m", f"studies.{study}.train", *arguments, "--results", results),
+        *("--output", output, *OPTS, *opts),
         env={"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
     )
 
@@ -84,7 +75,12 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
 
     plain = output / "bccd" / "plain-3" / "model_final.pth"
     result = run_program(
-        *(f"{FOLDER}/gradients.py", "--config-file", "configs/BCCD/faster_rcnn_R_18_FPN.yaml"),
+        *(
+            "-m",
+            "studies.bccd_ablation.gradients",
+            "--config-file",
+            "configs/BCCD/faster_rcnn_R_18_FPN.yaml",
+        ),
         *("--iterations", "1", *OPTS, "MODEL.WEIGHTS", plain),
         env={"DETECTRON2_DATASETS": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1"},
     )
@@ -100,33 +96,91 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     assert result.returncode != 0 and len(results.read_text().splitlines()) == len(lines)
 
 
-def test_estimates(table):
+def test_estimates(estimates):
     """Against a table of Student's t: 2.776 for four degrees of freedom, 95 %."""
     values = [50.0, 52.0, 51.0, 54.0, 53.0]
-    mean, margin = table.estimate(values)
+    mean, margin = estimates.estimate(values)
     assert mean == 52
     assert margin == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
-    assert math.isnan(table.estimate([1.0]).margin) and str(table.estimate([1.0])) == "1.0"
+    assert math.isnan(estimates.estimate([1.0]).margin) and str(estimates.estimate([1.0])) == "1.0"
 
     plain = dict(enumerate(values))
     row = {seed: value + gain for (seed, value), gain in zip(plain.items(), (1, 2, 1, 3, 3))}
-    gain = table.difference({**row, 99: 1000.0}, plain)  # a seed without a pair does not count
+    gain = estimates.difference({**row, 99: 1000.0}, plain)  # a seed without a pair does not count
     assert gain.mean == pytest.approx(2)
     assert gain.margin == pytest.approx(2.776 * 1 / math.sqrt(5), rel=1e-3)
     # t = 4.472 with four degrees of freedom.
     assert gain.p == pytest.approx(0.0111, abs=2e-4)
-    assert table.difference({0: 1.0}, plain) is None
-    assert table.difference(plain, plain).p == 1
-    assert table.difference(dict.fromkeys(plain, math.nan), plain) is None
+    assert estimates.difference({0: 1.0}, plain) is None
+    assert estimates.difference(plain, plain).p == 1
+    assert estimates.difference(dict.fromkeys(plain, math.nan), plain) is None
 
 
-def test_tables_and_picture(table, tmp_path):
+def test_corrected_p_values(estimates):
+    """By hand: 4 x 0.01, 3 x 0.02, 2 x 0.04, 0.04 and never below the one before."""
+    assert estimates.holm([0.04, 0.01, 0.02, 0.04]) == pytest.approx([0.08, 0.04, 0.06, 0.08])
+    assert estimates.holm([0.6, 0.9]) == [1.0, 1.0] and estimates.holm([]) == []
+
+
+def test_what_so_many_seeds_can_find(estimates):
+    """Against draws: a difference of that size is found four times in five."""
+    generator = np.random.default_rng(0)
+    base = dict.fromkeys(range(8), 0.0)
+    row = dict(enumerate([1.0, -1.0, 2.0, -2.0, 1.0, -1.0, 2.0, -2.0]))
+    deviation = math.sqrt(20 / 7)
+    size = estimates.detectable(row, base)
+    draws = generator.normal(size, deviation, (20_000, 8))
+    t = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(8))
+    found = (abs(t) > 2.3646).mean()  # Student's t, seven degrees of freedom, 95 %
+    assert found == pytest.approx(0.8, abs=0.012)  # four standard errors
+    assert estimates.effect_size({0: 1.0, 1: 3.0}, {0: 0.0, 1: 0.0}) == pytest.approx(math.sqrt(2))
+    assert math.isnan(estimates.effect_size(base, base))
+    assert math.isnan(estimates.detectable({0: 1.0}, {0: 2.0}))
+
+
+def test_ap_of_each_level(tmp_path):
+    """Images are shown at half their size; P3 begins at 112 pixels there."""
+    from studies.levels import ap_by_level
+
+    cfg = load_config("configs/BCCD/faster_rcnn_R_18_FPN.yaml", ["INPUT.MIN_SIZE_TEST", "400"])
+    boxes = [[0, 0, 220, 220], [300, 0, 228, 228], [600, 0, 100, 100], [0, 300, 450, 450]]
+    images = [{"id": 7, "width": 1000, "height": 800, "file_name": "a.jpg"}]
+    content = {
+        "images": images,
+        "categories": [{"id": 3, "name": "x"}],
+        "annotations": [
+            {
+                **{"id": i, "image_id": 7, "category_id": 3, "bbox": box, "iscrowd": 0},
+                "area": box[2] * box[3] / 2,  # of a mask: it does not decide
+            }
+            for i, box in enumerate(boxes, 1)
+        ],
+    }
+    truth, found = tmp_path / "truth.json", tmp_path / "found.json"
+    truth.write_text(json.dumps(content))
+    detections = [
+        {"image_id": 7, "category_id": 3, "bbox": box, "score": 0.9} for box in (boxes[0], boxes[3])
+    ]
+    found.write_text(json.dumps(detections))
+    aps = ap_by_level(cfg, str(truth), str(found))
+    # Of two objects on P2 one is found: 51 of 101 recalls are reached.
+    assert aps.pop("AP-level p5") != aps.get("AP-level p5")  # NaN: no objects
+    assert aps == {
+        "AP-level p2": pytest.approx(100 * 51 / 101),
+        "AP-level p3": 0.0,
+        "AP-level p4": pytest.approx(100),
+    }
+    found.write_text("[]")
+    assert set(ap_by_level(cfg, str(truth), str(found)).values()) == {0.0}
+
+
+def test_tables_and_picture(tmp_path):
     lines = [
         {
             **{"data": data, "row": row, "seed": seed, "parameters": 12_000_000},
             **{"seconds_per_iteration": seconds, "peak_memory_mib": 900},
             "results": {
-                **dict.fromkeys(table.METRICS, 40.0 + seed + gain),
+                **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 40.0 + seed + gain),
                 **{"APl": math.nan, "AP-RBC": 60.0},
             },
         }
@@ -140,22 +194,22 @@ def test_tables_and_picture(table, tmp_path):
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = tmp_path / "gains.png"
     result = run_program(
-        *(f"{FOLDER}/table.py", results, "--plot", picture, "--data", "bccd", "shapes_1")
+        *("-m", "studies.table", results, "--plot", picture, "--data", "bccd", "shapes_1")
     )
     assert result.returncode == 0, result.stderr
     assert picture.stat().st_size > 1000
     cells = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| all")]
-    means, gains, costs, _, shapes_gains, shapes_costs = cells
+    means, gains, powers, costs, _, shapes_gains, _, shapes_costs = cells
     assert means[1:3] == ["3", "44.0 ± 2.5"] and means[7:9] == ["–", "60.0 ± 0.0 |"]
     assert gains[1] == "+2.0 ± 0.0 (p = 0.000)" and gains[6:] == ["–", "+0.0 ± 0.0 (p = 1.000) |"]
-    assert costs[3] == "1.10"
+    assert powers[1:] == ["0.000", "0.000", "+nan", "± 0.0 |"] and costs[3] == "1.10"
     assert shapes_gains[1].startswith("-9.0 ± 0.0") and shapes_costs[3] == "1.50"
-    result = run_program(f"{FOLDER}/table.py", results, "--to", "all")
+    result = run_program("-m", "studies.table", results, "--to", "all")
     assert "| plain | -2.0 ± 0.0 (p = 0.000) | " in result.stdout, result.stderr
-    result = run_program(f"{FOLDER}/table.py", results, "--data", "shapes_3")
+    result = run_program("-m", "studies.table", results, "--data", "shapes_3")
     assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
-    result = run_program(f"{FOLDER}/table.py", results, "--to", "best")
-    assert result.returncode == 2 and "unknown row 'best'" in result.stderr
+    result = run_program("-m", "studies.table", results, "--to", "best")
+    assert result.returncode == 2 and "no line for the row 'best'" in result.stderr
 
 
 def test_inlier_shares(gradients):
@@ -222,20 +276,9 @@ def test_class_balance(tmp_path):
     shapes = output / "data" / "tail-7"
     json_file = write_bccd_as_tail(shapes)
     rows = ("--rows", "plain", "repeat factors and seesaw", "--seeds", "7")
-    opts = [
-        *OPTS,
-        "SOLVER.MAX_ITER",
-        "2",
-        "SOLVER.AMP.ENABLED",
-        "False",
-        "TEST.AMP.ENABLED",
-        "False",
-    ]
-    result = run_program(
-        *("-m", "studies.class_balance.train", *rows, "--results", results),
-        *("--output", output, *opts),
-        env={"OMP_NUM_THREADS": "1"},
-    )
+    opts = ["SOLVER.AMP.ENABLED", "False", "TEST.AMP.ENABLED", "False"]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    result = train(results, output, tmp_path, *rows, opts=opts, study="class_balance")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["row"] for line in lines] == ["plain", "repeat factors and seesaw"]
@@ -256,15 +299,16 @@ def test_class_balance(tmp_path):
         for row, more in (("plain", 0.0), ("seesaw", gain)):
             found = dict.fromkeys(("AP", "APr", "APc", "APf"), 10.0 + more)
             line = {"data": "tail", "row": row, "seed": seed, "results": found}
+            line |= {"parameters": 1, "seconds_per_iteration": 1.0, "peak_memory_mib": 1}
             with open(results, "a") as file:
                 file.write(json.dumps(line) + "\n")
     result = run_program(
-        *("-m", "studies.class_balance.table", results, "--seeds", "11", "12"),
+        *("-m", "studies.table", results, "--data", "tail", "--seeds", "11", "12"),
     )
     assert result.returncode == 0, result.stderr
     assert "| plain | 2 | 10.0 ± 0.0 | " in result.stdout
     assert "| seesaw | +5.0 ± 12.7 (p = 0.126) | " in result.stdout
-    result = run_program("-m", "studies.class_balance.table", results, "--data", "aquarium")
+    result = run_program("-m", "studies.table", results, "--data", "aquarium")
     assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
 
 
@@ -280,3 +324,43 @@ def write_bccd_as_tail(folder):
     info = {"generator": "balanced_shapes", "version": VERSION, **TAIL._replace(seed=7)._asdict()}
     (folder / "info.json").write_text(json.dumps(info))
     return folder / "train.json"
+
+
+# studies/finetune
+
+
+def test_finetune(tmp_path):
+    """The rows whose parts are not in other studies, in small."""
+    write_bccd(tmp_path / "datasets")
+    results = tmp_path / "results.jsonl"
+    arguments = (results, tmp_path / "output", tmp_path / "datasets", "--data", "bccd")
+    rows = ("plain", "sampling, bins of MMDetection", "feature balance at once, pooled keys")
+    opts = ["MODEL.TIMM.PRETRAINED", "False", "SOLVER.AMP.ENABLED", "False"]
+    opts += ["TEST.AMP.ENABLED", "False"]
+    result = train(*arguments, "--rows", *rows, "--seeds", "1", opts=opts, study="finetune")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(rows)
+    for line in lines:
+        assert {"AP", "AP-level p2", "AP-level p5"} <= set(line["results"])
+    for row in rows:
+        output = tmp_path / "output" / "bccd" / f"{row.replace(' ', '_')}-1"
+        names = (output / "config.yaml").read_text()
+        assert ("iou_balanced_up_to_1" in names) == (row == rows[1])
+
+
+def test_bins_of_mmdetection():
+    """No negative is in the last bin, so its share is drawn from all others."""
+    from balanced_d2.modeling import NEGATIVE_SAMPLERS
+    from studies.finetune import train_net
+
+    assert NEGATIVE_SAMPLERS.get("iou_balanced_up_to_1") is train_net.UpToOne
+    cfg = load_config("configs/BCCD/faster_rcnn_R_18_FPN.yaml", [])
+    sampler = NEGATIVE_SAMPLERS.build(
+        "iou_balanced_up_to_1", cfg.MODEL.ROI_HEADS, iou_range=(0.0, 0.5)
+    )
+    ious = torch.cat([torch.full((900,), 0.1), torch.full((100,), 0.4)])
+    torch.manual_seed(0)
+    hard = [int((ious[sampler(ious, 90)] > 0.3).sum()) for _ in range(400)]
+    # 30 of the hundred of the second bin, and of the other 30 of 940 that 70 of them are in.
+    assert np.mean(hard) == pytest.approx(30 + 30 * 70 / 940, abs=0.3)

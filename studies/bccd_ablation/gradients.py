@@ -36,8 +36,9 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import smooth_l1_loss
-from table import as_markdown_row
 from tqdm import tqdm
+
+from studies.table import as_markdown_row
 
 # Identifies the random numbers of this program; each use of a seed has its own number.
 GRADIENT_SEEDS = 5

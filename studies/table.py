@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Turn the lines of a study into tables and a picture.
 
-Prints the mean of every metric with its 95 % confidence interval, and the difference from the plain
-row or another, paired by seed, with its interval and the p-value of Student's paired t-test.
+Run from the project's root: python -m studies.table. Prints the mean of every metric with its 95 %
+confidence interval; the difference from the plain row or another, paired by seed, with its interval
+and the p-value of Student's paired t-test; of AP, the p-value corrected for the number of rows
+(Holm), the effect size, and the difference that so many seeds would show; and what each row costs.
 """
 
 import argparse
@@ -12,41 +14,47 @@ from collections import defaultdict
 from typing import Dict, List, Sequence, Tuple
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.utils.errors import UserError, check_choice, report_user_errors
+from balanced_d2.utils.errors import UserError, report_user_errors
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
-from estimates import difference, estimate
 from matplotlib.figure import Figure
-from train import ALL_ROWS, read_lines
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+from studies.estimates import detectable, difference, effect_size, estimate, holm
+from studies.study import read_lines
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+PRIMARY = "AP"
 
 Results = Dict[str, Dict[int, Dict]]
 """The line of each run by row and seed."""
 
 
 def main(args: argparse.Namespace) -> None:
-    check_choice("row", args.to, ALL_ROWS)
     plot = args.plot and place_picture(args.plot, ".", "study.png")
     lines = read_lines(args.results)
     compared = {}
-    for data in args.data:
+    names = args.data or list(dict.fromkeys(line["data"] for line in lines))
+    for data in names:
         results: Results = defaultdict(dict)
         for line in lines:
-            if line["data"] == data:
+            if line["data"] == data and (not args.seeds or line["seed"] in args.seeds):
                 results[line["row"]][line["seed"]] = line
-        if args.to not in results:
-            raise UserError(f"{args.results} has no line for the row {args.to!r} on {data}")
+        for row in (args.to, *(args.rows or ())):
+            if row not in results:
+                raise UserError(f"{args.results} has no line for the row {row!r} on {data}")
+        rows = [row for row in args.rows or results if row != args.to]
+        results = {row: results[row] for row in (args.to, *rows)}
         print(f"**{data}**\n")
         for table in (
             mean_table(results),
             gain_table(results, args.to),
+            power_table(results, args.to),
             cost_table(results, args.to),
         ):
             print("\n".join(map(as_markdown_row, table)) + "\n")
-        prefix = f"{data}: " if len(args.data) > 1 else ""
-        compared.update({prefix + row: (results, row) for row in rows_of(results)})
+        prefix = f"{data}: " if len(names) > 1 else ""
+        compared.update({prefix + row: (results, row) for row in results})
     if plot:
         save_figure(draw(compared, args.to), plot)
         print(f"picture: {plot}")
@@ -56,21 +64,19 @@ def values(results: Results, row: str, metric: str) -> Dict[int, float]:
     return {seed: line["results"][metric] for seed, line in results[row].items()}
 
 
-def rows_of(results: Results) -> List[str]:
-    return [row for row in ALL_ROWS if row in results]
-
-
 def metrics_of(results: Results) -> List[str]:
-    """All metrics, and the AP of each class."""
-    line = next(iter(next(iter(results.values())).values()))
-    return [*METRICS, *(name for name in line["results"] if name.startswith("AP-"))]
+    """All metrics that every run has, and the AP of each class and level."""
+    runs = [line["results"] for lines in results.values() for line in lines.values()]
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    known = [name for name in METRICS if name in names]
+    return [*known, *(name for name in names if name.startswith("AP-"))]
 
 
 def mean_table(results: Results) -> List[List[str]]:
     metrics = metrics_of(results)
     table = [["mean", "seeds", *(name.removeprefix("AP-") for name in metrics)]]
     table.append(["---"] * len(table[0]))
-    for row in rows_of(results):
+    for row in results:
         means = [str(estimate(list(values(results, row, name).values()))) for name in metrics]
         table.append([row, str(len(results[row])), *means])
     return table
@@ -80,7 +86,7 @@ def gain_table(results: Results, to: str) -> List[List[str]]:
     metrics = metrics_of(results)
     table = [[f"gained over {to}", *(name.removeprefix("AP-") for name in metrics)]]
     table.append(["---"] * len(table[0]))
-    for row in rows_of(results):
+    for row in results:
         if row != to:
             gains = [
                 difference(values(results, row, name), values(results, to, name))
@@ -90,12 +96,35 @@ def gain_table(results: Results, to: str) -> List[List[str]]:
     return table
 
 
+def power_table(results: Results, to: str) -> List[List[str]]:
+    table = [
+        [
+            *(f"{PRIMARY} over {to}", "p", "p, corrected", "effect size (d_z)"),
+            "would be found four times in five",
+        ],
+        ["---"] * 5,
+    ]
+    base = values(results, to, PRIMARY)
+    others = {row: values(results, row, PRIMARY) for row in results if row != to}
+    gains = {row: difference(gained, base) for row, gained in others.items()}
+    known = {row: gain.p for row, gain in gains.items() if gain is not None}
+    for row, corrected in zip(known, holm(list(known.values()))):
+        table.append(
+            [
+                *(row, f"{known[row]:.3f}", f"{corrected:.3f}"),
+                f"{effect_size(others[row], base):+.2f}",
+                f"± {detectable(others[row], base):.1f}",
+            ]
+        )
+    return table
+
+
 def cost_table(results: Results, to: str) -> List[List[str]]:
     table = [
         ["cost", "parameters", "ms per iteration", f"to {to}", "peak memory (MiB)"],
         ["---"] * 5,
     ]
-    for row in rows_of(results):
+    for row in results:
         lines, others = results[row], results[to]
         # Seed by seed, because the speed of a machine changes over the day.
         ratios = [
@@ -151,7 +180,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", metavar="FILE.jsonl", help="as train.py writes it")
-    parser.add_argument("--data", nargs="+", default=["bccd"], metavar="NAME")
+    parser.add_argument("--data", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, in this order")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="only these")
     parser.add_argument("--to", default="plain", metavar="ROW", help="the row to compare with")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gains")
     return parser.parse_args()
