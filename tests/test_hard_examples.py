@@ -86,7 +86,7 @@ def labelled(classes, seed=0):
         {"cls_loss": FocalLoss(3)},
         {"cls_loss": SeesawLoss(3), "loss_weight": 2.0},
     ],
-    ids=str,
+    ids=["plain", "smooth L1", "giou", "diou", "ciou", "Balanced L1", "focal", "Seesaw"],
 )
 def test_losses_of_single_proposals(arguments, class_agnostic):
     """As the head's own losses of each proposal by itself."""
