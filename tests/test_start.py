@@ -217,7 +217,7 @@ def test_resumed_data_keep_the_order_of_the_checkpoint(registered):
     registered("mine", records(0, 1), thing_classes=["cat", "dog"])
     cfg = load_config("", ["DATASETS.TRAIN", "('mine',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
     data = check_datasets(cfg, known=["dog", "cat"])
-    assert data == (["dog", "cat"], {"mine": Change([1, 0], frozenset())}, [])
+    assert data == (["dog", "cat"], {"mine": Change([1, 0], frozenset())}, [], [1, 1])
     for known, message in (
         (["dog", "fish"], r"\(new: cat; gone: fish\)"),
         (["dog", "cat", "fish"], r"\(new: none; gone: fish\)"),
