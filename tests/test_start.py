@@ -198,7 +198,7 @@ def test_training_sets_of_different_classes(registered):
     registered("second", records(0, 1, 1), thing_classes=["bird", "cat"])
     cfg = load_config("", ["DATASETS.TRAIN", "('first', 'second')"])
     data = check_datasets(cfg, number_follows=True)
-    assert data.classes == ["cat", "dog", "bird"]
+    assert data.classes == ["cat", "dog", "bird"] and data.class_counts == [3, 1, 1]
     for name, change in data.changes.items():
         adapt(name, change, data.classes)
     categories = {}
