@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -13,7 +14,7 @@ from balanced_d2.data.datasets.register import register_source
 from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError
 
-from .conftest import ROOT, TINY_MODEL, assert_user_error, run_program
+from .conftest import ROOT, TINY_MODEL, assert_user_error, logged, run_program, train_net
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
@@ -673,6 +674,79 @@ def test_round_trip(dataset):
         more += same_boxes(boxes, expected)
     # A box of half a pixel, which is not in Aquarium's COCO file.
     assert [max(box[3:]) < 0.5 for box in more] == [True] * (dataset == "aquarium")
+
+
+def coco_twin(name, split, folder):
+    """A published COCO file, with what another format cannot say as ``name`` has read it.
+
+    Aquarium's COCO file has boxes that are rounded to 0.01 pixels, and lacks one of half a pixel;
+    VOC has no order of classes, so that they are sorted.
+    """
+    content = json.loads((SHARED / folder / f"{split}.json").read_text())
+    read = json.loads(Path(MetadataCatalog.get(f"{name}_{split}").json_file).read_text())
+    numbers = {c["name"]: c["id"] for c in read["categories"]}
+    titles = {c["id"]: c["name"] for c in content["categories"]}
+    content["categories"] = read["categories"]
+    ids = {os.path.basename(image["file_name"]): image["id"] for image in content["images"]}
+    own = {image["id"]: ids[os.path.basename(image["file_name"])] for image in read["images"]}
+    boxes = {image_id: [] for image_id in own.values()}
+    for annotation in read["annotations"]:
+        boxes[own[annotation["image_id"]]].append(annotation)
+    twins = []
+    for annotation in content["annotations"]:
+        annotation["category_id"] = numbers[titles[annotation["category_id"]]]
+        same = boxes[annotation["image_id"]]
+        while max(same[0]["bbox"][2:]) < 0.5 <= max(annotation["bbox"][2:]):
+            twins.append({**same.pop(0), "image_id": annotation["image_id"]})
+        twin = same.pop(0)
+        assert twin["category_id"] == annotation["category_id"]
+        assert twin["bbox"] == pytest.approx(annotation["bbox"], abs=0.01)
+        twins.append({**annotation, "bbox": twin["bbox"]})
+    twins += [
+        {**twin, "image_id": image_id, "id": 10**6 + number}
+        for image_id, left in boxes.items()
+        for number, twin in enumerate(left)
+    ]
+    assert len(twins) == len(read["annotations"])
+    content["annotations"] = [{**twin, "id": number} for number, twin in enumerate(twins, 1)]
+    return content
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["aquarium", "bccd"])
+def test_the_same_training(folder, tmp_path):
+    """A training on YOLO or VOC is, to the bit, that on the COCO file of the same data."""
+    root, paths = SHARED / "aquarium", [SHARED / "aquarium" / "data.yaml"]
+    if folder == "bccd":
+        root, paths = SHARED / "bccd" / "images", [SHARED / "bccd" / "voc", SHARED / "bccd/images"]
+    register_source("read", *map(str, paths))
+    twin = tmp_path / "twin.json"
+    twin.write_text(json.dumps(coco_twin("read", "train", folder)))
+    outcomes = []
+    for number, arguments in enumerate(
+        (
+            ("--register", "own", *paths, "DATASETS.TRAIN", "('own_train',)"),
+            ("--register", "own", twin, root, "DATASETS.TRAIN", "('own',)"),
+        )
+    ):
+        output = tmp_path / str(number)
+        result = train_net(
+            *(*arguments, "DATASETS.TEST", "()", "OUTPUT_DIR", output, "SEED", "1"),
+            *TINY_MODEL[2:],
+        )
+        assert result.returncode == 0, result.stderr
+        weights = torch.load(output / "model_final.pth")["model"]
+        losses = [
+            {key: value for key, value in line.items() if "loss" in key or "num_" in key}
+            for line in logged(output)
+        ]
+        outcomes.append((losses, weights))
+    (losses, weights), (other_losses, other_weights) = outcomes
+    assert losses == other_losses and any("loss_box_reg" in line for line in losses)
+    assert weights.keys() == other_weights.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(tensor, other_weights[key]), key
 
 
 def test_polygons_become_masks(tmp_path):

@@ -361,6 +361,12 @@ def test_a_used_output_folder(tiny_coco, tmp_path, train_net_here):
     inside = ("MODEL.WEIGHTS", output / "model_final.pth")
     assert_user_error(train_net_here("--overwrite", *run, *inside), "would move", "model_final.pth")
     assert_user_error(train_net_here("--overwrite", "--resume", *run), "leave one out")
+    other = tmp_path / "other.pth"
+    torch.save({"model": {"backbone.fpn_lateral2.weight": torch.zeros(3, 2, 1, 1)}}, other)
+    unfit = ("MODEL.WEIGHTS", other)
+    assert_user_error(train_net_here("--overwrite", *run, *unfit), str(other), "nothing fits")
+    other.unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert contents(output)["log.txt"].splitlines() == before["log.txt"].splitlines()
     assert contents(output) == before
 

@@ -8,9 +8,9 @@ from balanced_d2.engine.defaults import (
     argument_parser,
     config_from,
     setup,
-    trainer_for,
 )
 from balanced_d2.engine.launch import run
+from balanced_d2.engine.lazy import trainer_for
 from balanced_d2.engine.predictor import build_predictor
 from balanced_d2.engine.start import prepare_datasets
 from balanced_d2.engine.trainer import BalancedTrainer

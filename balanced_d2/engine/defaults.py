@@ -1,31 +1,22 @@
 """Everything before training or evaluation starts: arguments, config, log, device."""
 
 import argparse
-from typing import Type
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 
 from balanced_d2.config import load_config
 from balanced_d2.config.checks import check_weights, drop_late_steps
-from balanced_d2.config.lazy import (
-    LazyCfgNode,
-    as_read,
-    is_lazy,
-    keys_set_by_hand,
-    read_config,
-)
+from balanced_d2.config.lazy import as_read, is_lazy, keys_set_by_hand, read_config
 from balanced_d2.data.adapted import adapt
 from balanced_d2.data.class_balance import take_class_balance
 from balanced_d2.data.classes import set_num_classes
 from balanced_d2.data.datasets.register import add_register_argument, register_from
 from balanced_d2.engine.launch import in_main_process
-from balanced_d2.engine.lazy import LazyTrainer
 from balanced_d2.engine.log import early_log, start_log
 from balanced_d2.engine.output_folder import move_aside
 from balanced_d2.engine.speed import use_available_device
 from balanced_d2.engine.start import check_start, contents_of, take_gray_range, take_num_classes
-from balanced_d2.engine.trainer import BalancedTrainer
 from balanced_d2.utils.errors import UserError
 
 
@@ -119,8 +110,3 @@ def setup(args: argparse.Namespace) -> CfgNode:
     start_log(cfg.OUTPUT_DIR, records)
     default_setup(as_read(cfg), args)
     return cfg
-
-
-def trainer_for(cfg: CfgNode) -> Type[BalancedTrainer]:
-    """The trainer class for a config that :func:`setup` has returned."""
-    return LazyTrainer if isinstance(cfg, LazyCfgNode) else BalancedTrainer

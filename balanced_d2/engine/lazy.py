@@ -1,12 +1,14 @@
-"""The trainer of a LazyConfig."""
+"""The trainer of a LazyConfig, and which trainer a config has."""
 
 import copy
 import os
+from typing import Type
 
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.engine import hooks
 from detectron2.solver import LRMultiplier
 
+from balanced_d2.config.lazy import LazyCfgNode
 from balanced_d2.engine.speed import speed_up
 from balanced_d2.engine.trainer import BalancedTrainer, with_validation_images
 from balanced_d2.utils.progress import WithBar
@@ -72,3 +74,8 @@ def _with_test_set(cfg, dataset_name):
     lazy = copy.deepcopy(cfg.lazy)
     lazy.dataloader.test.dataset.names = dataset_name
     return lazy
+
+
+def trainer_for(cfg: CfgNode) -> Type[BalancedTrainer]:
+    """The trainer class for a config that :func:`~balanced_d2.engine.defaults.setup` returns."""
+    return LazyTrainer if isinstance(cfg, LazyCfgNode) else BalancedTrainer

@@ -2,14 +2,20 @@
 
 import argparse
 import logging
-from typing import Collection, List, NamedTuple, Optional
+from typing import Collection, List, NamedTuple, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from torch import nn
 
-from balanced_d2.checkpoint import BalancedCheckpointer, Contents, read_contents
+from balanced_d2.checkpoint import (
+    BalancedCheckpointer,
+    Contents,
+    read_contents,
+    start_from,
+    training_in,
+)
 from balanced_d2.config.checks import check_config, check_weights
 from balanced_d2.config.lazy import LazyCfgNode, keys_set_by_hand
 from balanced_d2.config.resume import as_text, changes, seed_of
@@ -18,6 +24,7 @@ from balanced_d2.data.checks.for_model import CheckedData, check_datasets
 from balanced_d2.data.class_balance import complete_class_balance, take_class_balance
 from balanced_d2.data.classes import NO_NAMES, num_classes_key, set_num_classes, some
 from balanced_d2.data.gray_range import find_gray_range
+from balanced_d2.engine.lazy import trainer_for
 from balanced_d2.engine.output_folder import check_movable, check_unused
 from balanced_d2.evaluation.evaluators import check_packages
 from balanced_d2.utils.errors import UserError
@@ -84,6 +91,8 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
         set_num_classes(cfg, len(data.classes))
     complete_gray_range(cfg, data, train=not args.eval_only)
     complete_class_balance(cfg, data.class_counts, data.classes, train=not args.eval_only)
+    if args.overwrite and cfg.MODEL.WEIGHTS and training_in(cfg.OUTPUT_DIR):
+        check_beginning(cfg, data.classes)
     return Start(
         num_classes_key(cfg)[1],
         cfg.SEED,
@@ -92,6 +101,22 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
         list(cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS),
         data,
     )
+
+
+def check_beginning(cfg: CfgNode, classes: Optional[Sequence[str]]) -> None:
+    """Raise :class:`UserError` if a training cannot begin with ``MODEL.WEIGHTS``.
+
+    Building the model and loading them takes seconds, so that this is for a training that moves
+    another one aside; others find it out when they begin.
+
+    Args:
+        classes: the model's.
+    """
+    logging.disable(logging.WARNING)  # the training says the same again
+    try:
+        start_from(trainer_for(cfg).build_model(cfg), cfg.MODEL.WEIGHTS, classes)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def contents_of(weights: str) -> Contents:

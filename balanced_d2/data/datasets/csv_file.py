@@ -1,5 +1,5 @@
 """CSV tables of boxes: with a header (torchvision's and TensorFlow's tutorials, Roboflow, Open
-Images), or without (keras-retinanet, Google's AutoML)."""
+Images), or without (keras-retinanet, makesense.ai, Google's AutoML and Vertex)."""
 
 import csv
 import io
@@ -15,6 +15,8 @@ from balanced_d2.data.datasets.source import (
     Labelled,
     LabelledImage,
     LabelledObject,
+    check_found,
+    is_image,
     number,
     read_text,
     shorten,
@@ -37,7 +39,9 @@ COLUMNS = {
 }
 """The names of columns, in small letters without other characters."""
 BOX = ("x0", "y0", "x1", "y1")
+CORNER_AND_SIZE = ("x0", "y0", "box_width", "box_height")
 NAME_FILES = ("classes.csv", "_classes.csv", "class_mapping.csv", "class-descriptions.csv")
+NUMBERS = (*BOX, "box_width", "box_height", "width", "height")
 GOOGLE_SPLITS = ("train", "training", "validation", "validate", "test", "unassigned")
 
 
@@ -59,9 +63,9 @@ def table_in(path: str) -> Optional[Table]:
         UserError: if it cannot be read.
     """
     text = read_text(path)
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(",;\t", key=first.count)
-    rows = _rows(path, text[: len(first) + 20000], delimiter)
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max(",;\t", key=line.count)
+    rows = _rows(path, text[: len(line) + 20000], delimiter)
     try:
         _, row = next(rows)
     except (StopIteration, UserError):
@@ -79,18 +83,31 @@ def table_in(path: str) -> Optional[Table]:
         if is_open_images:
             columns = {key: i for key, i in columns.items() if key not in ("width", "height")}
         return Table(kind, columns, True, is_open_images, delimiter)
-    if len(row) >= 9 and row[0].strip().lower() in GOOGLE_SPLITS:
-        columns = {"split": 0, "file": 1, "label": 2, "x0": 3, "y0": 4, "x1": 7, "y1": 8}
+    first = row[0].strip().lower()
+    if len(row) >= 8 and (first in GOOGLE_SPLITS or first.startswith("gs://")):
+        columns = {"file": 0, "label": 1, "x0": 2, "y0": 3, "x1": 6, "y1": 7}
+        if first in GOOGLE_SPLITS:
+            columns = {"split": 0, **{key: i + 1 for key, i in columns.items()}}
         return Table("CSV of Google's AutoML", columns, False, True, delimiter)
-    if len(row) == 6 and all(_is_number(cell) or not cell.strip() for cell in row[1:5]):
+    if len(row) == 6 and _are_numbers(row[1:5]):
         columns = {"file": 0, "x0": 1, "y0": 2, "x1": 3, "y1": 4, "label": 5}
+        return Table("CSV without a header", columns, False, False, delimiter)
+    if len(row) == 8 and is_image(row[5]) and _are_numbers(row[1:5] + row[6:]):
+        columns = {"label": 0, "file": 5, "width": 6, "height": 7}
+        columns.update({key: i for i, key in enumerate(CORNER_AND_SIZE, start=1)})
+        return Table("CSV of makesense.ai", columns, False, False, delimiter)
+    if len(row) == 8 and is_image(row[0]) and _are_numbers(row[1:3] + row[4:]):
+        columns = {"file": 0, "width": 1, "height": 2, "label": 3}
+        columns.update({key: i for i, key in enumerate(BOX, start=4)})
         return Table("CSV without a header", columns, False, False, delimiter)
     return None
 
 
-def _is_number(text: str) -> bool:
+def _are_numbers(texts: List[str]) -> bool:
+    """Whether all are numbers, or empty."""
     try:
-        number(text)
+        for text in filter(str.strip, texts):
+            number(text.replace(",", "."))
     except ValueError:
         return False
     return True
@@ -135,7 +152,7 @@ def read_csv(root: str, files: List[str], images: List[str], image_root: str) ->
             raise UserError(
                 f"{path} is no table of boxes; its first line is: {row}. Known are a header with "
                 "filename, class, xmin, ymin, xmax, ymax, rows path,x1,y1,x2,y2,class without a "
-                "header, and the tables of Google's AutoML and Open Images"
+                "header, and the tables of Google, makesense.ai, Open Images and VIA"
             )
         formats.add(table.format)
         in_fractions.add(table.in_fractions)
@@ -152,7 +169,7 @@ def read_csv(root: str, files: List[str], images: List[str], image_root: str) ->
     if len(in_fractions) > 1:
         raise UserError(f"{root} has tables of different formats: {', '.join(sorted(formats))}")
     used = {image.path for images_of in splits.values() for image in images_of}
-    _check_found(root, splits, used)
+    check_found(root, used)
     return Labelled(
         " and ".join(sorted(formats)),
         _classes(files, labels),
@@ -160,15 +177,6 @@ def read_csv(root: str, files: List[str], images: List[str], image_root: str) ->
         in_fractions.pop(),
         index.note_unused(used),
     )
-
-
-def _check_found(root: str, splits: Dict[str, List[LabelledImage]], used: set) -> None:
-    missing = [path for path in used if not os.path.exists(path)]
-    if len(missing) == len(used):
-        raise UserError(
-            f"{root}: none of the {len(used)} images has been found; give their folder as the last "
-            f"argument of --register: {first_of(sorted(missing))}"
-        )
 
 
 def _read_table(
@@ -186,6 +194,8 @@ def _read_table(
         where = f"{path}, line {line}"
         cells = {key: row[i].strip() if i < len(row) else "" for key, i in table.columns.items()}
         cells = {key: "" if c.lower() in ("nan", "null") else c for key, c in cells.items()}
+        if table.delimiter != ",":  # as Excel writes decimals where it separates by semicolons
+            cells.update({key: cells[key].replace(",", ".") for key in NUMBERS if key in cells})
         name = cells["file"]
         if not name:
             raise UserError(f"{where} names no image: {shorten(table.delimiter.join(row))}")
@@ -195,7 +205,7 @@ def _read_table(
         key = (_split(cells, split, where), found[name])
         if key not in read:
             read[key] = LabelledImage(found[name], [], _size(cells, where))
-        if any(cells[part] for part in (*BOX, "label")):
+        if any(cells.get(part) for part in (*BOX, "box_width", "box_height", "label")):
             item = _read_row(cells, where)
             if table.in_fractions and max(map(abs, item.box)) > LARGEST_FRACTION:
                 raise UserError(
@@ -236,11 +246,14 @@ def _size(cells: Dict[str, str], where: str) -> Optional[Tuple[int, int]]:
 def _read_row(cells: Dict[str, str], where: str) -> LabelledObject:
     if not cells["label"]:
         raise UserError(f"{where} has a box, but no class")
+    keys = BOX if "x1" in cells else CORNER_AND_SIZE
     try:
-        x0, y0, x1, y1 = (number(cells[key]) for key in BOX)
+        x0, y0, x1, y1 = (number(cells[key]) for key in keys)
     except ValueError as error:
-        box = shorten(", ".join(cells[key] for key in BOX))
+        box = shorten(", ".join(cells[key] for key in keys))
         raise UserError(f"{where}: its box is {box}, not four numbers") from error
+    if keys is CORNER_AND_SIZE:
+        x1, y1 = x0 + x1, y0 + y1
     crowd = cells.get("crowd", "").lower() in ("1", "1.0", "true")
     return LabelledObject(cells["label"], (x0, y0, x1, y1), crowd=crowd)
 

@@ -6,8 +6,9 @@ from typing import Dict, List, Optional
 
 from balanced_d2.data.datasets.coco_files import CocoFile, find_coco, is_coco, json_content
 from balanced_d2.data.datasets.csv_file import read_csv, table_in
-from balanced_d2.data.datasets.source import SPLITS, Labelled, is_image, list_files
-from balanced_d2.data.datasets.voc import is_voc, read_voc
+from balanced_d2.data.datasets.source import SPLITS, Labelled, is_image, list_files, shorten
+from balanced_d2.data.datasets.via import is_via, is_via_csv, read_via
+from balanced_d2.data.datasets.voc import is_voc, kind_of_xml, read_voc
 from balanced_d2.data.datasets.yolo import (
     is_yolo_config,
     labels_of,
@@ -20,6 +21,27 @@ from balanced_d2.utils.errors import UserError, first_of, raise_user_errors
 # dependencies, and neither says which line of which file is wrong.
 
 KNOWN = "COCO JSON, YOLO, Pascal VOC XML or CSV"
+UNKNOWN = "an object"
+JSON_KINDS = (
+    ("LabelMe's (an image a file)", {"shapes", "imagePath"}),
+    ("Supervisely's", {"objects", "size"}),
+    ("Supervisely's", {"classes", "tags"}),
+    ("Datumaro's", {"items", "infos"}),
+    ("CreateML's", {"image", "annotations"}),
+    ("Label Studio's own", {"data", "annotations"}),
+    ("Label Studio's short form", {"annotator", "annotation_id"}),
+    ("Labelbox's", {"data_row", "projects"}),
+    ("Google Vertex AI's", {"imageGcsUri"}),
+)
+"""Formats by the keys of their files, or of the first item in these."""
+OTHER_FILES = {
+    "TFRecord": (".tfrecord", ".tfrecords", ".record"),
+    "JSON Lines, as of Google Vertex AI, Labelbox and Amazon SageMaker": (
+        *(".jsonl", ".ndjson", ".manifest"),
+    ),
+    "a table of Hugging Face": (".parquet", ".arrow"),
+    "a file of MATLAB": (".mat",),
+}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z", ".bz2", ".xz")
 # So many JSON files in a folder are one for each image, of which the first says enough.
 MAX_JSON_FILES = 20
@@ -54,6 +76,8 @@ def _read_file(path: str, image_dir: Optional[str]) -> Found:
         return read_yolo(path, image_dir)
     if suffix == ".json":
         content = json_content(path)
+        if is_via(content):
+            return read_via(folder, {path: content}, list_files(image_dir or folder), image_dir)
         if not isinstance(content, dict) or not is_coco(content):
             raise UserError(f"{path} is not COCO JSON, but {_kind_of_json(content)}; use {KNOWN}")
         (file,) = find_coco(folder, {path: content}, image_dir).values()
@@ -61,14 +85,15 @@ def _read_file(path: str, image_dir: Optional[str]) -> Found:
     images = list_files(image_dir or folder)
     if suffix == ".xml":
         if not is_voc(path):
-            raise UserError(f"{path} is not Pascal VOC XML; export it as {KNOWN}")
+            raise UserError(f"{path} is not Pascal VOC XML, but {kind_of_xml(path)}; use {KNOWN}")
         return read_voc(folder, [path], images, image_dir)
-    if suffix in ARCHIVES:
-        raise UserError(f"{path} is an archive; unpack it, and give the folder")
     if suffix in (".csv", ".tsv", ".txt"):
+        if is_via_csv(path):
+            return read_via(folder, {path: None}, images, image_dir)
         # The name of a file that is given by itself says no split.
         return read_csv(path, [path], images, image_dir or folder)
-    raise UserError(f"{path} is not a dataset in the format {KNOWN}")
+    kind = _kind_of_file(path)
+    raise UserError(f"{path} is " + (kind or f"not a dataset in the format {KNOWN}"))
 
 
 def _look_in_folder(root: str, image_dir: Optional[str]) -> Found:
@@ -90,11 +115,14 @@ def _look_in_folder(root: str, image_dir: Optional[str]) -> Found:
     outermost = sorted(of(".json"), key=lambda path: path.count(os.sep))[:MAX_JSON_FILES]
     contents = {path: json_content(path) for path in outermost}
     coco = {path: c for path, c in contents.items() if isinstance(c, dict) and is_coco(c)}
+    via: Dict[str, object] = {path: c for path, c in contents.items() if is_via(c)}
+    via.update(dict.fromkeys(path for path in of(".csv") if is_via_csv(path)))
     found = {
         "YOLO": configs or labelled,
         "Pascal VOC XML": xml_files,
         "CSV": tables,
         "COCO JSON": list(coco),
+        "VGG Image Annotator": list(via),
     }
     present = {name: paths for name, paths in found.items() if paths}
     if len(present) > 1:
@@ -112,6 +140,8 @@ def _look_in_folder(root: str, image_dir: Optional[str]) -> Found:
         return read_csv(root, tables, images, image_root)
     if coco:
         return find_coco(root, coco, image_dir)
+    if via:
+        return read_via(root, via, images, image_dir)
     for path in of(".csv", ".tsv"):
         table_in(path)  # says why, if it cannot be read
     raise UserError(f"{root} has no {KNOWN}: {_what_is_there(files, contents)}")
@@ -138,30 +168,38 @@ def _innermost(folder: str) -> str:
 def _what_is_there(files: List[str], contents: Dict[str, object]) -> str:
     if not files:
         return "it is empty"
-    for path, content in contents.items():
-        return f"{path} is {_kind_of_json(content)}"
+    kinds = {path: _kind_of_json(content) for path, content in contents.items()}
+    for path, kind in sorted(kinds.items(), key=lambda item: item[1].startswith(UNKNOWN)):
+        return f"{path} is {kind}"
+    for path in files:
+        kind = _kind_of_file(path)
+        if kind:
+            return f"{path} is {kind}"
     counts = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in files)
     return "it has " + ", ".join(f"{n} file(s) {suffix}" for suffix, n in counts.most_common(5))
 
 
+def _kind_of_file(path: str) -> str:
+    """What a file is that is not read, for a message; "" if that is not known."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".xml":
+        return f"{kind_of_xml(path)}; export the data as {KNOWN}"
+    if suffix in ARCHIVES:
+        return "an archive; unpack it, and give the folder"
+    for kind, suffixes in OTHER_FILES.items():
+        if suffix in suffixes or any(f"{other}-" in os.path.basename(path) for other in suffixes):
+            return f"{kind}; export the data as {KNOWN}"
+    return ""
+
+
 def _kind_of_json(content: object) -> str:
     """What a JSON file is that is not COCO's, for a message."""
-    if isinstance(content, dict):
-        keys = {str(key) for key in content}
-        for kind, marks in (
-            ("a project of VGG Image Annotator", {"_via_img_metadata", "_via_settings"}),
-            ("LabelMe's (an image a file)", {"shapes", "imagePath"}),
-            ("Supervisely's", {"objects", "size"}),
-            ("Datumaro's", {"items", "infos"}),
-        ):
+    item = content[0] if isinstance(content, list) and content else content
+    if isinstance(item, dict):
+        keys = {str(key) for key in item}
+        for kind, marks in JSON_KINDS:
             if keys >= marks:
                 return f"{kind}, to be exported as COCO"
-        return f"an object with {', '.join(sorted(keys)[:5]) or 'nothing'}"
-    if isinstance(content, list):
-        first = content[0] if content else None
-        if isinstance(first, dict) and {"image", "annotations"} <= first.keys():
-            return "CreateML's, to be exported as COCO"
-        if isinstance(first, dict) and {"data", "annotations"} <= first.keys():
-            return "Label Studio's own, to be exported as COCO"
-        return "a list"
-    return "no valid JSON"
+    if isinstance(content, dict):
+        return f"{UNKNOWN} with {shorten(', '.join(sorted(map(str, content))[:5])) or 'nothing'}"
+    return "a list" if isinstance(content, list) else "no valid JSON"

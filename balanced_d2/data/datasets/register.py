@@ -31,8 +31,8 @@ def add_register_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         # With as many names as in a call; argparse has no form for "one or two".
         metavar=("NAME", "PATH"),
-        help="register a dataset (COCO JSON, YOLO, Pascal VOC XML, CSV) under a name: its file or "
-        "folder and, if necessary, the folder of its images (repeatable)",
+        help="register a dataset (COCO JSON, YOLO, Pascal VOC XML, CSV, VIA) under a name: its file "
+        "or folder and, if necessary, the folder of its images (repeatable)",
     )
     parser.add_argument(
         "--split",
@@ -126,12 +126,16 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
     kind = found.format if isinstance(found, Labelled) else "COCO JSON"
     counts = ", ".join(f"{n} ({files[split].num_images} images)" for split, n in names.items())
     line = f"{kind} from {path}: {counts}"
+    metadata: Dict = {"source": line}
+    if isinstance(found, Labelled) and found.keypoints:
+        points = found.keypoints
+        metadata.update(keypoint_names=points.names, keypoint_flip_map=points.flipped)
     for split, full_name in names.items():
         json_file = files[split].json_file
         if split in contents:
             json_file = _write_json(full_name, contents[split])
         log = functools.partial(_log, line, notes)
-        register_coco(full_name, json_file, files[split].image_root, prepare=log, source=line)
+        register_coco(full_name, json_file, files[split].image_root, prepare=log, **metadata)
     return list(names.values())
 
 

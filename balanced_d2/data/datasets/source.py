@@ -3,7 +3,7 @@
 import math
 import os
 import reprlib
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -12,9 +12,10 @@ from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.progress import WithBar
 
 IMAGE_SUFFIXES = (
-    *(".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm"),
-    *(".ppm", ".tif", ".tiff", ".webp"),
+    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
+"""Also of formats that Pillow reads with a plugin only: such images are not overlooked."""
 SPLITS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval"), "val"),
@@ -36,6 +37,8 @@ class LabelledObject(NamedTuple):
     polygon: Sequence[float] = ()
     """x, y, x, y, ... of its outline, if that is known."""
     crowd: bool = False
+    keypoints: Sequence[float] = ()
+    """x, y, visibility (0: not labelled, 1: hidden, 2: visible), x, y, visibility, ..."""
 
 
 class LabelledImage(NamedTuple):
@@ -45,6 +48,14 @@ class LabelledImage(NamedTuple):
     objects: List[LabelledObject]
     size: Optional[Tuple[int, int]] = None
     """Width and height, if the source has them."""
+
+
+class Keypoints(NamedTuple):
+    """The keypoints that every object of a dataset has."""
+
+    names: List[str]
+    flipped: List[Tuple[str, str]] = []
+    """Those that change places when an image is flipped."""
 
 
 class Labelled(NamedTuple):
@@ -60,6 +71,7 @@ class Labelled(NamedTuple):
     """Whether coordinates are fractions of the image's size."""
     notes: Tuple[str, ...] = ()
     """What was left out, for the log."""
+    keypoints: Optional[Keypoints] = None
 
 
 def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
@@ -75,6 +87,9 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
     categories = [
         {"id": number, "name": labelled.classes[label]} for label, number in numbers.items()
     ]
+    if labelled.keypoints:
+        for category in categories:
+            category["keypoints"] = labelled.keypoints.names
     contents = {}
     for split, images in labelled.splits.items():
         sizes = read_sizes(images)
@@ -101,12 +116,14 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
 
 def _shape(item: LabelledObject, scale: Tuple[int, int]) -> Dict:
     x0, y0, x1, y1 = (value * scale[i % 2] for i, value in enumerate(item.box))
-    shape = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": max(0, x1 - x0) * max(0, y1 - y0)}
+    shape: Dict = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": max(0, x1 - x0) * max(0, y1 - y0)}
     if item.polygon:
         polygon = [value * scale[i % 2] for i, value in enumerate(item.polygon)]
         xs, ys = polygon[::2], polygon[1::2]
         doubled = sum(x * ys[i - 1] - xs[i - 1] * y for i, (x, y) in enumerate(zip(xs, ys)))
         shape.update(segmentation=[polygon], area=abs(doubled) / 2)
+    if item.keypoints:
+        shape["keypoints"] = [value * (*scale, 1)[i % 3] for i, value in enumerate(item.keypoints)]
     return shape
 
 
@@ -155,7 +172,9 @@ def image_size(path: str) -> Tuple[int, int]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image") from error
+        raise UserError(
+            f"{path} is not an image in a format that Pillow reads; convert it to PNG or JPEG"
+        ) from error
     except Exception as error:  # Pillow's formats raise errors of many types
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -232,6 +251,19 @@ def shorten(text: object, length: int = 80) -> str:
     # A few lines of YAML can be a list that is endless as text.
     line = " ".join((text if isinstance(text, str) else reprlib.repr(text)).split())
     return line if len(line) <= length else line[:length] + "..."
+
+
+def check_found(root: str, paths: Collection[str]) -> None:
+    """Raise :class:`UserError` if none of the images of a dataset exists.
+
+    That some are missing is reported where they are needed.
+    """
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing and len(missing) == len(paths):
+        raise UserError(
+            f"{root}: none of the {len(paths)} images has been found; give their folder as the "
+            f"last argument of --register: {first_of(sorted(missing))}"
+        )
 
 
 class ImageIndex:

@@ -31,6 +31,17 @@ def is_voc(path: str) -> bool:
         return b"<annotation>" in file.read(1000)
 
 
+def kind_of_xml(path: str) -> str:
+    """What an XML file is that is not Pascal VOC's, for a message."""
+    try:
+        for _, element in ElementTree.iterparse(path, events=("start",)):
+            known = {"annotations": "CVAT's own XML", "dataset": "XML of dlib's imglab"}
+            return known.get(element.tag, f"XML that begins with <{shorten(element.tag)}>")
+    except (ElementTree.ParseError, ValueError, LookupError):
+        pass
+    return "no valid XML"
+
+
 def read_voc(
     root: str, files: List[str], images: List[str], image_dir: Optional[str] = None
 ) -> Labelled:

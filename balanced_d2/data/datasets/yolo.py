@@ -2,13 +2,14 @@
 them, with or without a ``data.yaml``."""
 
 import os
-from typing import Dict, Iterable, List, Optional, Set, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 import yaml
 
 from balanced_d2.data.datasets.source import (
     LARGEST_FRACTION,
     SPLITS,
+    Keypoints,
     Label,
     Labelled,
     LabelledImage,
@@ -73,8 +74,6 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
             f"{config_file} has none of the keys train, val and test; it has "
             + (shorten(", ".join(map(str, config))) or "none at all")
         )
-    if config.get("kpt_shape"):
-        raise UserError(f"{config_file}: keypoints of YOLO are not read; use COCO JSON")
     folder = os.path.dirname(os.path.abspath(config_file))
     base = config.get("path") or ""
     if not isinstance(base, str):
@@ -109,7 +108,8 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
             found.setdefault(SPLITS[str(key)], []).extend(images)
     names = _names_in(config, config_file, bases)
     labelled_files = {image: label_file(image) for images in found.values() for image in images}
-    return _read(config_file, found, labelled_files, names, notes)
+    pose = _pose_in(config, config_file, names)
+    return _read(config_file, found, labelled_files, names, notes, pose)
 
 
 def resolve(word: str, bases: Iterable[str]) -> Optional[str]:
@@ -185,6 +185,39 @@ def _names_in(config: Dict, path: str, bases: List[str]) -> Optional[Dict[Label,
             f"{path}: nc is {number_of_classes}, but there are {len(names)} names; correct one"
         )
     return {label: name.strip() for label, name in names.items()}
+
+
+class Pose(NamedTuple):
+    """How the keypoints of each object are written."""
+
+    keypoints: Keypoints
+    size: int
+    """Numbers for each: x, y, and visibility if there are three."""
+
+
+def _pose_in(config: Dict, path: str, names: Optional[Dict[Label, str]]) -> Optional[Pose]:
+    if not config.get("kpt_shape"):
+        return None
+    try:
+        count, size = map(int, config["kpt_shape"])
+        flips = [int(index) for index in config.get("flip_idx") or range(count)]
+        if not (0 < count <= 1000 and size in (2, 3) and sorted(flips) == list(range(count))):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        shape = ", ".join(f"{k}: {shorten(config.get(k))}" for k in ("kpt_shape", "flip_idx"))
+        raise UserError(
+            f"{path}: {shape} are not the number of keypoints, 2 or 3, and the order of keypoints "
+            "in a flipped image"
+        ) from error
+    titles = config.get("kpt_names")
+    if isinstance(titles, dict):  # for each class, of which those of the first count
+        titles = next(iter(titles.values()), None)
+    if not isinstance(titles, list) or not all(isinstance(title, str) for title in titles):
+        titles = []
+    if len(set(titles)) != count:
+        titles = [str(i) for i in range(count)]
+    pairs = [(titles[i], titles[other]) for i, other in enumerate(flips) if i < other]
+    return Pose(Keypoints(titles, pairs), size)
 
 
 def _read_names(path: str) -> Dict[Label, str]:
@@ -283,6 +316,7 @@ def _read(
     label_files: Dict[str, str],
     names: Optional[Dict[Label, str]],
     notes: Tuple[str, ...],
+    pose: Optional[Pose] = None,
 ) -> Labelled:
     read: Dict[str, List[LabelledImage]] = {}
     used: Set[Label] = set()
@@ -300,37 +334,57 @@ def _read(
         for image in WithBar(images, desc=f"reading labels {split}", unit="file"):
             # An image without a file has no objects.
             path = label_files[image]
-            objects = read_labels(path, names) if os.path.isfile(path) else []
+            objects = read_labels(path, names, pose) if os.path.isfile(path) else []
             used.update(item.label for item in objects)
             read[split].append(LabelledImage(image, objects))
     if names is None:
         names = {i: str(i) for i in range(max(map(int, used), default=0) + 1)}
         notes = (*notes, "the names of the classes are in no file: using numbers")
-    return Labelled("YOLO", names, read, in_fractions=True, notes=notes)
+    keypoints = pose and pose.keypoints
+    return Labelled("YOLO", names, read, in_fractions=True, notes=notes, keypoints=keypoints)
 
 
-def read_labels(path: str, names: Optional[Dict[Label, str]]) -> List[LabelledObject]:
-    """The objects in a label file: class, then centre and size of a box, or a polygon.
+def read_labels(
+    path: str, names: Optional[Dict[Label, str]], pose: Optional[Pose] = None
+) -> List[LabelledObject]:
+    """The objects in a label file: class, then centre and size of a box, or a polygon, or a box and
+    its keypoints.
 
     Args:
         names: the classes that there are, None if they are not known.
+        pose: of the keypoints, if there are any.
 
     Raises:
         UserError: naming the file and the line.
     """
     lines = read_text(path).splitlines()
     return [
-        _read_line(line.split(), names, f"{path}, line {position}")
+        _read_line(line.split(), names, pose, f"{path}, line {position}")
         for position, line in enumerate(lines, start=1)
         if line.strip()
     ]
 
 
-def _read_line(words: List[str], names: Optional[Dict[Label, str]], where: str) -> LabelledObject:
+def _read_line(
+    words: List[str], names: Optional[Dict[Label, str]], pose: Optional[Pose], where: str
+) -> LabelledObject:
     try:
         values = [number(word) for word in words]
     except ValueError as error:
-        raise UserError(f"{where}: not all are numbers: {shorten(' '.join(words))}") from error
+        line = shorten(" ".join(words))
+        for kind, count, place in (("KITTI", 15, 0), ("DOTA", 10, 8)):
+            if len(words) in (count, count + 1) and words[place][:1].isalpha():
+                raise UserError(f"{where} is a label of {kind}, not of YOLO: {line}") from error
+        raise UserError(f"{where}: not all are numbers: {line}") from error
+    points: List[float] = []
+    if pose:
+        count = len(pose.keypoints.names)
+        if len(values) != 5 + count * pose.size:
+            raise UserError(
+                f"{where} has {len(values)} numbers; a box has 5, and each of the {count} "
+                f"keypoints of kpt_shape {pose.size}"
+            )
+        values, points = values[:5], _keypoints(values[5:], pose.size, where)
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
         score = " (is the last one a score? labels have none)" if len(values) == 6 else ""
         raise UserError(
@@ -351,6 +405,20 @@ def _read_line(words: List[str], names: Optional[Dict[Label, str]], where: str) 
         box = (min(xs), min(ys), max(xs), max(ys))
         return LabelledObject(int(label), box, coordinates)
     x, y, width, height = coordinates
-    return LabelledObject(
-        int(label), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-    )
+    box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    return LabelledObject(int(label), box, keypoints=points)
+
+
+def _keypoints(values: List[float], size: int, where: str) -> List[float]:
+    """x, y and visibility of each; without a visibility, those at 0, 0 are not labelled."""
+    points: List[float] = []
+    for start in range(0, len(values), size):
+        x, y, *given = values[start : start + size]
+        visibility = given[0] if given else 2 * (x != 0 or y != 0)
+        if visibility not in (0, 1, 2) or max(abs(x), abs(y)) > LARGEST_FRACTION:
+            raise UserError(
+                f"{where}: a keypoint is {x:g} {y:g} {visibility:g}, not fractions of the image's "
+                "width and height, and 0, 1 or 2"
+            )
+        points += (x, y, visibility) if visibility else (0, 0, 0)
+    return points
