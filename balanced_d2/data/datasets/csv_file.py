@@ -145,6 +145,7 @@ def read_csv(root: str, files: List[str], images: List[str], image_root: str) ->
     splits: Dict[str, List[LabelledImage]] = {}
     formats, in_fractions = set(), set()
     labels: set[Label] = set()
+    owners: Dict[Tuple[str, str], str] = {}
     for path in files:
         table = table_in(path)
         if table is None:
@@ -157,6 +158,9 @@ def read_csv(root: str, files: List[str], images: List[str], image_root: str) ->
         formats.add(table.format)
         in_fractions.add(table.in_fractions)
         for split, image in _read_table(path, table, index, split_in(path, root)):
+            other = owners.setdefault((split, image.path), path)
+            if other != path:
+                raise UserError(f"{other} and {path} both have {image.path}: give one of them")
             splits.setdefault(split, []).append(image)
             labels.update(item.label for item in image.objects)
     if not splits:

@@ -65,7 +65,7 @@ class _Listing:
     def _fold_all(self, folder: str) -> Dict[str, Optional[str]]:
         folded: Dict[str, Optional[str]] = {}
         for name in self._names(folder):
-            key = _fold(name)
+            key = fold(name)
             folded[key] = None if key in folded else name
         return folded
 
@@ -86,7 +86,7 @@ class _Listing:
             if part == "..":
                 folder = os.path.dirname(folder) or "."
                 continue
-            found = part if part in self._names(folder) else self._folded(folder).get(_fold(part))
+            found = part if part in self._names(folder) else self._folded(folder).get(fold(part))
             if found is None:
                 return None
             folder = os.path.join(folder, found)
@@ -100,5 +100,6 @@ def _names_in(folder: str) -> frozenset:
         return frozenset()
 
 
-def _fold(name: str) -> str:
+def fold(name: str) -> str:
+    """A name without what differs between systems: upper and lower case, and forms of Unicode."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -31,8 +31,8 @@ def add_register_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         # With as many names as in a call; argparse has no form for "one or two".
         metavar=("NAME", "PATH"),
-        help="register a dataset (COCO JSON, YOLO, Pascal VOC XML, CSV, VIA) under a name: its file "
-        "or folder and, if necessary, the folder of its images (repeatable)",
+        help="register a dataset (COCO JSON, YOLO, Pascal VOC XML, CSV, VIA) under a name: its "
+        "file or folder and, if necessary, the folder of its images (repeatable)",
     )
     parser.add_argument(
         "--split",

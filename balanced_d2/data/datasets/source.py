@@ -7,6 +7,7 @@ from typing import Collection, Dict, Iterable, List, NamedTuple, Optional, Seque
 
 from PIL import Image, UnidentifiedImageError
 
+from balanced_d2.data.datasets.image_paths import fold
 from balanced_d2.data.image import size_of
 from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.progress import WithBar
@@ -281,7 +282,7 @@ class ImageIndex:
         self._by_name: Dict[str, List[str]] = {}
         self._by_stem: Dict[str, List[str]] = {}
         for path in self.images:
-            name = os.path.basename(path).lower()
+            name = fold(os.path.basename(path))
             self._by_name.setdefault(name, []).append(path)
             self._by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
         self._named: Dict[str, str] = {}
@@ -319,14 +320,14 @@ class ImageIndex:
         return found
 
     def _similar(self, parts: List[str], near: str, where: str) -> Optional[str]:
-        *folders, last = (part.lower() for part in parts)
+        *folders, last = map(fold, parts)
         stem = os.path.splitext(last)[0] if is_image(last) else last
         found = self._by_name.get(last) or self._by_stem.get(stem, [])
         if len(found) <= 1:
             return found[0] if found else None
 
         def likeness(path: str) -> Tuple[int, bool]:
-            own = os.path.dirname(path).lower().split(os.sep)
+            own = fold(os.path.dirname(path)).split(os.sep)
             same = 0
             while same < min(len(own), len(folders)) and own[-1 - same] == folders[-1 - same]:
                 same += 1

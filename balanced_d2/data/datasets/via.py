@@ -83,11 +83,15 @@ def read_via(
     everywhere = [region for of_file in regions.values() for region in of_file]
     key = _class_key(root, everywhere)
     read: Dict[Tuple[str, str], LabelledImage] = {}
+    owners: Dict[Tuple[str, str], str] = {}
     for path, of_file in regions.items():
         folder, split = os.path.dirname(path), split_in(path, root)
         for region in of_file:
             name = region.file_name
             image = index.find(name, folder, region.where) or os.path.join(folder, name)
+            other = owners.setdefault((split, image), path)
+            if other != path:
+                raise UserError(f"{other} and {path} both have {name}: give one of them")
             objects = read.setdefault((split, image), LabelledImage(image, [])).objects
             if region.shape:
                 objects.append(_read_region(region, key))

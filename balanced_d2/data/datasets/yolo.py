@@ -230,16 +230,16 @@ def _read_names(path: str) -> Dict[Label, str]:
 
 def label_file(image: str) -> str:
     """Where the labels of an image are: in ``labels`` if it is in ``images``, or else beside it."""
-    folder, name = os.path.split(os.path.splitext(image)[0] + ".txt")
+    folder, stem = os.path.split(os.path.splitext(image)[0])
     parts = folder.split(os.sep)
+    folders = [folder]
     for i in reversed(range(len(parts))):
         if parts[i].lower() == "images":
-            for labels in dict.fromkeys(("labels", "Labels", "LABELS")):
-                other = os.sep.join([*parts[:i], labels, *parts[i + 1 :], name])
-                if os.path.isfile(other):
-                    return other
+            spelled = ("labels", "Labels", "LABELS")
+            folders = [os.sep.join([*parts[:i], s, *parts[i + 1 :]]) for s in spelled] + folders
             break
-    return os.path.join(folder, name)
+    paths = [os.path.join(each, stem + suffix) for each in folders for suffix in (".txt", ".TXT")]
+    return next(filter(os.path.isfile, paths), os.path.join(folder, f"{stem}.txt"))
 
 
 def labels_of(images: List[str], root: str, image_root: str) -> Dict[str, str]:
