@@ -39,7 +39,7 @@ def check(data, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments, *own])
         tool = load_tool("check_dataset")
         exit_code = report_user_errors(tool.main, tool.parse_args())
-        for name in ("own", "function"):
+        for name in ("own", "function", "yolo"):
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)
         return (exit_code, *capsys.readouterr())
@@ -92,6 +92,25 @@ def test_refused_and_dropped_are_reported_together(check, data):
     assert "1 annotation(s) belong to no image in the file: annotation 2 (image 99)" in out
     assert "dropped 1 annotation(s)" in out and "annotation 1 (image 1)" in out
     assert "cannot be loaded until" in out
+
+
+def test_images_of_another_name_and_what_is_left_out(check, data, monkeypatch, capsys):
+    folder, change = data
+    change(lambda content: content["images"][0].update(file_name="C:\\x\\1.JPG"))
+    exit_code, out, err = check("own")
+    assert exit_code == 0
+    assert f"found by another name 1 image(s): C:\\x\\1.JPG is {folder}/images/1.jpg" in out
+
+    yolo = folder / "yolo"
+    shutil.copytree(folder / "images", yolo)
+    (yolo / "1.txt").write_text("0 .5 .5 .1 .1")
+    (yolo / "z.txt").write_text("0 .5 .5 .1 .1")
+    monkeypatch.setattr(sys, "argv", ["check_dataset.py", "--register", "yolo", str(yolo)])
+    tool = load_tool("check_dataset")
+    assert report_user_errors(tool.main, tool.parse_args()) == 0
+    assert (
+        f"'yolo': left out 1 text file(s) without an image: {yolo}/z.txt" in capsys.readouterr()[0]
+    )
 
 
 def test_broken_file(check, data):

@@ -41,9 +41,9 @@ def main(args: argparse.Namespace) -> None:
 
 def check_dataset(name: str, with_images: bool) -> bool:
     """Print the findings and a summary of a dataset; return whether nothing is refused."""
-    source = MetadataCatalog.get(name).get("source")
-    if source:
-        print(f"data set {name!r}: {source}")
+    metadata = MetadataCatalog.get(name)
+    for line in filter(None, (metadata.get("source"), *metadata.get("notes", ()))):
+        print(f"data set {name!r}: {line}")
     try:
         findings, records = findings_of(name)
     except UserError as error:

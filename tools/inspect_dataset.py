@@ -36,6 +36,7 @@ from balanced_d2.visualization.figure import save_figure
 
 # isort: split
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "Base-RCNN-FPN.yaml"
 
@@ -83,6 +84,9 @@ def main(args: argparse.Namespace) -> None:
 
     for name, numbers in totals(found):
         print(f"{name}: {', '.join(f'{number} {what}' for number, what in numbers)}")
+    for name in args.names:
+        for note in MetadataCatalog.get(name).get("notes", ()):
+            print(f"data set {name!r}: {note}")
     for name, of_split in found.findings.items():
         for finding in of_split:
             print(f"data set {name!r}: {finding}")

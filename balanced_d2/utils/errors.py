@@ -105,13 +105,19 @@ def report_user_errors(main: Callable, *args) -> int:
     try:
         main(*args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_on_one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except StopTraining as stop:
         is_error = stop.exit_code == EXIT_USER_ERROR
-        print(f"error: {stop}" if is_error else stop, file=sys.stderr, flush=True)
+        text = _on_one_line(stop)
+        print(f"error: {text}" if is_error else text, file=sys.stderr, flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _on_one_line(error: Exception) -> str:
+    """What an error says; names of files and classes may have line breaks."""
+    return " ".join(str(error).splitlines())

@@ -1,7 +1,7 @@
 """Checks of a COCO-format annotation file, before it is loaded."""
 
 from collections import Counter
-from typing import Callable, Container, Dict, List
+from typing import Callable, Container, Dict, List, Optional
 
 import numpy as np
 
@@ -15,10 +15,15 @@ from balanced_d2.data.checks.records import (
 )
 from balanced_d2.data.classes import same_names
 from balanced_d2.data.datasets.coco_json import gc_paused, is_side, label_in_file, read_coco
+from balanced_d2.data.datasets.image_paths import find_images, renamed_findings
 
 
 def check_coco(
-    name: str, json_file: str, evaluated: bool = False, masks: bool = False
+    name: str,
+    json_file: str,
+    evaluated: bool = False,
+    masks: bool = False,
+    image_root: Optional[str] = None,
 ) -> List[Finding]:
     """Find everything that is wrong in an annotation file, and what is read in another form.
 
@@ -28,13 +33,18 @@ def check_coco(
         evaluated: whether detections will be evaluated on it. A file may then have no annotations,
             as for COCO's test images.
         masks: whether masks will be used: those that cannot be are then refused.
+        image_root: the folder of the images, if those that have other names there are to be found.
 
     Raises:
         UserError: if the file cannot be read or does not have the structure of COCO's files.
     """
     with gc_paused():
         content, findings = read_coco(name, json_file, evaluated, masks)
-        return [*findings_in(content), *findings]
+        findings = Findings([*findings_in(content), *findings])
+        if image_root is not None and not any(finding.refused for finding in findings):
+            names = [image["file_name"] for image in content["images"]]
+            findings += renamed_findings(names, find_images(image_root, names))
+        return findings
 
 
 def findings_in(content: Dict) -> List[Finding]:

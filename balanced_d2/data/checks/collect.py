@@ -26,7 +26,8 @@ def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
     with _silent_warnings():
         check_files(name)
         json_file = coco_file(name)
-        in_file = check_coco(name, json_file) if json_file else []
+        root = MetadataCatalog.get(name).get("image_root")
+        in_file = check_coco(name, json_file, image_root=root) if json_file else []
         if any(finding.refused for finding in in_file):
             return in_file, []
         records = load(name)

@@ -14,7 +14,7 @@ from balanced_d2.data.datasets.coco_json import (
     gc_paused,
     read_coco,
 )
-from balanced_d2.data.datasets.image_paths import find_images
+from balanced_d2.data.datasets.image_paths import find_images, renamed_findings
 from balanced_d2.utils.errors import UserError
 
 
@@ -152,9 +152,4 @@ def _find_files(records: List[Dict], image_root: str, findings: Findings) -> Non
     found = find_images(image_root, names)
     for record, path in zip(records, found.paths):
         record["file_name"] = path
-    findings.add(
-        "found by another name",
-        "image(s)",
-        found.renamed,
-        lambda index: f"{names[index]} is {found.paths[index]}",
-    )
+    findings += renamed_findings(names, found)

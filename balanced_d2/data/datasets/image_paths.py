@@ -6,6 +6,8 @@ from functools import cache
 from typing import Dict, List, NamedTuple, Optional, Sequence
 from urllib.parse import unquote
 
+from balanced_d2.data.checks.records import Findings
+
 
 class Found(NamedTuple):
     """The files of a list of names."""
@@ -49,6 +51,18 @@ def find_images(root: str, names: Sequence[str]) -> Found:
                 paths[index] = path
             renamed += indices
     return Found(paths, sorted(set(absent) - set(renamed)), sorted(renamed))
+
+
+def renamed_findings(names: Sequence[str], found: Found) -> Findings:
+    """What :func:`find_images` has found by another name or place than ``names`` say."""
+    findings = Findings()
+    findings.add(
+        "found by another name",
+        "image(s)",
+        found.renamed,
+        lambda index: f"{names[index]} is {found.paths[index]}",
+    )
+    return findings
 
 
 class _Listing:

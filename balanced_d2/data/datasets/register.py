@@ -126,7 +126,7 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
     kind = found.format if isinstance(found, Labelled) else "COCO JSON"
     counts = ", ".join(f"{n} ({files[split].num_images} images)" for split, n in names.items())
     line = f"{kind} from {path}: {counts}"
-    metadata: Dict = {"source": line}
+    metadata: Dict = {"source": line, "notes": notes}
     if isinstance(found, Labelled) and found.keypoints:
         points = found.keypoints
         metadata.update(keypoint_names=points.names, keypoint_flip_map=points.flipped)
