@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.utils.logger import log_first_n
@@ -16,10 +17,10 @@ from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.datasets.coco_files import CocoFile
 from balanced_d2.data.datasets.coco_json import read_coco
 from balanced_d2.data.datasets.look import Found, look
-from balanced_d2.data.datasets.source import SPLITS, Labelled, as_coco
+from balanced_d2.data.datasets.source import SPLITS, Labelled, LabelledImage, as_coco
 from balanced_d2.data.datasets.split import split_content
 from balanced_d2.utils.arguments import split_at_key
-from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.files import raise_if_unwritable
 
 
@@ -106,7 +107,8 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
     contents: Dict[str, Dict] = {}
     root = path if os.path.isdir(path) else os.path.dirname(path) or "."
     if isinstance(found, Labelled):
-        contents, notes = as_coco(found, root), found.notes
+        contents = as_coco(found, root)
+        notes = (*found.notes, *_note_shared(found.splits))
     if fraction is not None:
         if len(found.splits if isinstance(found, Labelled) else found) > 1:
             raise UserError(f"{path} already has a split; leave out --split")
@@ -137,6 +139,16 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
         log = functools.partial(_log, line, notes)
         register_coco(full_name, json_file, files[split].image_root, prepare=log, **metadata)
     return list(names.values())
+
+
+def _note_shared(splits: Dict[str, List[LabelledImage]]) -> Tuple[str, ...]:
+    """A note about images that are in several splits, as in Ultralytics' examples: there, results
+    say nothing about other images."""
+    counts = Counter(path for images in splits.values() for path in {i.path for i in images})
+    shared = [path for path, count in counts.items() if count > 1]
+    if not shared:
+        return ()
+    return (f"{len(shared)} image(s) are in more than one split: {first_of(shared)}",)
 
 
 def _log(line: str, notes: Sequence[str]) -> None:
