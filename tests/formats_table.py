@@ -562,6 +562,11 @@ READ = [
         {"": {"images/Ka\u0308se.jpg": [YOLO_BOX]}},
     ),
     (
+        *("VOC, images of one name with different endings", "", ["a.jpg", "a.png"], {}),
+        {"a.xml": VOC.replace("a.jpg", "a.png")},
+        {"": {"a.png": [YOLO_BOX]}},
+    ),
+    (
         *("COCO, a file with a byte order mark", "labels.json", ["a.jpg"], {}),
         {"labels.json": b"\xef\xbb\xbf" + json.dumps(coco("a.jpg")).encode()},
         {"": A},
@@ -670,7 +675,11 @@ REFUSED = [
         ["object 1 (cat) has a rotated box"],
     ),
     (
-        *("VOC of images that were scaled", "", {"a.jpg": "", "a.xml": voc(size=(200, 160))}),
+        *(
+            "VOC of images that were scaled",
+            "",
+            {"a.jpg": "", "a.xml": voc(("cat", 1, 1, 9, 9), size=(200, 160))},
+        ),
         ["a.jpg is 100 x 80, not 200 x 160", "scaled"],
     ),
     (
@@ -681,7 +690,7 @@ REFUSED = [
     (
         *("VOC, two images of one name", ""),
         {"x/a.jpg": "", "y/a.jpg": "", "Annotations/a.xml": VOC},
-        ["a.xml: Annotations/a may be ", "x/a.jpg", "y/a.jpg"],
+        ["a.xml: Annotations/a.jpg may be ", "x/a.jpg", "y/a.jpg"],
     ),
     (
         *("CSV in fractions", "a.csv"),
@@ -828,6 +837,36 @@ REFUSED = [
             "data.yaml": "train: images\nkpt_shape: [1, 3]\n" + NAMES,
         },
         ["a.txt, line 1 has 7 numbers; a box has 5, and each of the 1 keypoints of kpt_shape 3"],
+    ),
+    (
+        *("YOLO, commas", "", {"a.jpg": "", "a.txt": "1,0.5,0.5,0.2,0.5\n"}),
+        ["a.txt, line 1: not all are numbers: 1,0.5,0.5,0.2,0.5; separate them by spaces"],
+    ),
+    (
+        *("CSV with x, y, width, height for corners", "a.csv"),
+        {"a.jpg": "", "a.csv": CSV_HEADER + "a.jpg,100,80,cat,40,20,20,40\n"},
+        ["1 of 1 boxes end before they begin", "are they x, y, width, height instead"],
+    ),
+    (
+        *("VOC without a single object", "", {"a.jpg": "", "a.xml": voc()}),
+        ["none of the 1 image(s) has an object (Pascal VOC XML)"],
+    ),
+    (
+        *("YOLO, all labels empty", "", {"a.jpg": "", "a.txt": "", "classes.txt": "cat"}),
+        ["none of the 1 image(s) has an object (YOLO)"],
+    ),
+    (
+        *("detections of COCO", "a.json", {"a.json": [{"image_id": 1, "score": 0.5}]}),
+        ["not COCO JSON, but detections, which are no annotations"],
+    ),
+    (
+        *("a label in a gap of the names", "data.yaml"),
+        {
+            "images/a.jpg": "",
+            "labels/a.txt": BOX,
+            "data.yaml": "train: images\nnames: {0: dog, 2: cat}\n",
+        },
+        ["a.txt, line 1: its class is 1, but names has 0, 2"],
     ),
     (
         *("names of classes in one line", "data.yaml"),

@@ -285,6 +285,28 @@ def test_what_is_left_out_is_reported(tmp_path, caplog):
         assert caplog.text.count(part) >= 1, part
 
 
+def test_messages_name_what_was_registered(tmp_path, caplog):
+    """And no file that was written only for evaluators."""
+    write(tmp_path, "a.jpg", **{"a.txt": BOX + "1 0.5 0.5 0 0\n", "classes.txt": "dog\ncat"})
+    register_source("named", str(tmp_path))
+    with caplog.at_level("INFO"):
+        load("named")
+    assert f"{tmp_path}: dropped 1 annotation(s) whose box has no width or height" in caplog.text
+    assert MetadataCatalog.get("named").json_file not in caplog.text
+
+
+def test_links_and_pipes(tmp_path):
+    """Links are followed, each once; what is no file is not opened."""
+    write(tmp_path, "store/a.jpg", **{"set/labels/a.txt": BOX, "set/classes.txt": "dog\ncat"})
+    (tmp_path / "set" / "images").symlink_to("../store")
+    (tmp_path / "store" / "loop").symlink_to("../set")
+    os.mkfifo(tmp_path / "set" / "boxes.csv")
+    assert read("links", tmp_path / "set") == {"": {"../store/a.jpg": [("cat", 40, 20, 20, 40)]}}
+    (tmp_path / "store" / "b.jpg").symlink_to("gone")
+    with pytest.raises(UserError, match=r"b\.jpg does not exist"):
+        register_source("dead", str(tmp_path / "set"))
+
+
 def test_words_of_the_config():
     for words, taken in (
         (["a", "b.yaml", "SOLVER.MAX_ITER", "2"], 2),

@@ -105,7 +105,8 @@ def check_datasets(
         if annotations and json_file:
             in_file = check_coco(name, json_file, name in evaluated, cfg.MODEL.MASK_ON)
             # Loading drops or clips the others, and warns about them.
-            report(name, [finding for finding in in_file if finding.refused], json_file)
+            source = MetadataCatalog.get(name).get("origin") or json_file
+            report(name, [finding for finding in in_file if finding.refused], source)
         records = load(name)
         if not records:
             raise UserError(f"data set {name!r} has no images")

@@ -34,7 +34,8 @@ def register_coco(
         json_file: the annotations.
         image_root: the folder that the ``file_name`` of every image is relative to.
         prepare: called before the dataset is loaded, for one that is generated on first use.
-        **metadata: more metadata of the dataset.
+        **metadata: more metadata of the dataset; ``origin`` is the file or folder that messages
+            name, if it is not ``json_file``.
 
     Raises:
         UserError: if the name is already taken.
@@ -44,7 +45,7 @@ def register_coco(
 
     def load() -> List[Dict]:
         prepare()
-        return load_coco(name, json_file, image_root)
+        return load_coco(name, json_file, image_root, metadata.get("origin", ""))
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
@@ -52,7 +53,7 @@ def register_coco(
     )
 
 
-def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
+def load_coco(name: str, json_file: str, image_root: str, origin: str = "") -> List[Dict]:
     """Load a COCO-format dataset as annotation tools write it.
 
     How what they write is read: :mod:`balanced_d2.data.datasets.coco_json`; how the images are
@@ -78,9 +79,10 @@ def load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
         images = sorted(content["images"], key=lambda image: image["id"])
         records = _records(images, content.get("annotations", []), categories)
         _find_files(records, image_root, findings)
-    report(name, findings, json_file)
-    logging.getLogger(__name__).info(f"Loaded {len(records)} images from {json_file}")
-    return clean(name, records, json_file)
+    source = origin or json_file
+    report(name, findings, source)
+    logging.getLogger(__name__).info(f"Loaded {len(records)} images from {source}")
+    return clean(name, records, source)
 
 
 def _set_metadata(name: str, categories: Sequence[Dict]) -> None:

@@ -197,6 +197,8 @@ def _kind_of_json(content: object) -> str:
     item = content[0] if isinstance(content, list) and content else content
     if isinstance(item, dict):
         keys = {str(key) for key in item}
+        if keys >= {"image_id", "score"}:
+            return "detections, which are no annotations"
         for kind, marks in JSON_KINDS:
             if keys >= marks:
                 return f"{kind}, to be exported as COCO"

@@ -136,6 +136,7 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
         json_file = files[split].json_file
         if split in contents:
             json_file = _write_json(full_name, contents[split])
+            metadata["origin"] = path
         log = functools.partial(_log, line, notes)
         register_coco(full_name, json_file, files[split].image_root, prepare=log, **metadata)
     return list(names.values())

@@ -82,8 +82,10 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
     relative to ``image_root``. Categories are numbered from 1.
 
     Raises:
-        UserError: if the size of an image is not known, or not the one that the source says.
+        UserError: if there are no objects, their corners are none, or the size of an image is not
+            known or not the one that the source says.
     """
+    _check_objects(labelled)
     numbers = {label: number for number, label in enumerate(labelled.classes, start=1)}
     categories = [
         {"id": number, "name": labelled.classes[label]} for label, number in numbers.items()
@@ -113,6 +115,21 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
                 content["annotations"].append(annotation)
         contents[split] = content
     return contents
+
+
+def _check_objects(labelled: Labelled) -> None:
+    images = [image for of_split in labelled.splits.values() for image in of_split]
+    boxes = [(image.path, item.box) for image in images for item in image.objects]
+    if not boxes:
+        raise UserError(f"none of the {len(images)} image(s) has an object ({labelled.format})")
+    # A few are errors, and are dropped as boxes without a size.
+    wrong = [(path, box) for path, box in boxes if box[2] < box[0] or box[3] < box[1]]
+    if len(wrong) > 0.1 * len(boxes):
+        path, box = wrong[0]
+        raise UserError(
+            f"{len(wrong)} of {len(boxes)} boxes end before they begin, the first in {path}: "
+            f"{shorten(box)}; are they x, y, width, height instead of two corners?"
+        )
 
 
 def _shape(item: LabelledObject, scale: Tuple[int, int]) -> Dict:
@@ -189,18 +206,21 @@ def list_files(folder: str) -> List[str]:
         OSError: if a folder cannot be read.
     """
 
-    def stop(error: OSError) -> None:
-        raise error
-
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
-        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    files: List[str] = []
+    folders, seen = [folder], {os.path.realpath(folder)}
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            inner = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        for entry in inner:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in seen:
+                    folders.append(entry.path)
+                    seen.add(real)
+            elif entry.is_file() or not os.path.exists(entry.path):  # no pipe, which would block
+                files.append(entry.path)
     return sorted(files)
 
 
@@ -335,9 +355,11 @@ class ImageIndex:
 
         found = sorted(found, key=likeness, reverse=True)
         if likeness(found[0]) == likeness(found[1]):
+            is_same = os.path.dirname(found[0]) == os.path.dirname(found[1])
+            advice = "give the folder of the images as the last argument of --register"
             raise UserError(
-                f"{where}: {shorten('/'.join(parts))} may be {found[0]} or {found[1]}: give the "
-                "folder of the images as the last argument of --register"
+                f"{where}: {shorten('/'.join(parts))} may be {found[0]} or {found[1]}: "
+                + ("remove one" if is_same else advice)
             )
         return found[0]
 

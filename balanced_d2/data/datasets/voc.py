@@ -158,7 +158,8 @@ def _read_file(path: str, index: ImageIndex) -> Tuple[LabelledImage, bool]:
     folder, stem = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
     name = (tree.findtext("filename") or "").strip()
     # Images are often renamed together with their files, and their names in the files are not.
-    parent = os.path.join(os.path.basename(folder), stem)
+    named, suffix = os.path.splitext(os.path.basename(name.replace("\\", "/")))
+    parent = os.path.join(os.path.basename(folder), stem + (suffix if named == stem else ""))
     image = index.find(parent, folder, path) or (index.find(name, folder, path) if name else None)
     is_one_based = (tree.findtext("source/database") or "").startswith("The VOC")
     objects = [

@@ -375,7 +375,8 @@ def _read_line(
         for kind, count, place in (("KITTI", 15, 0), ("DOTA", 10, 8)):
             if len(words) in (count, count + 1) and words[place][:1].isalpha():
                 raise UserError(f"{where} is a label of {kind}, not of YOLO: {line}") from error
-        raise UserError(f"{where}: not all are numbers: {line}") from error
+        advice = "; separate them by spaces" if "," in line else ""
+        raise UserError(f"{where}: not all are numbers: {line}{advice}") from error
     points: List[float] = []
     if pose:
         count = len(pose.keypoints.names)
@@ -393,8 +394,12 @@ def _read_line(
         )
     label, coordinates = values[0], values[1:]
     if label != int(label) or not (0 <= label < 10000 if names is None else int(label) in names):
-        classes = "" if names is None else f", but there are {len(names)} classes, from 0"
-        raise UserError(f"{where}: its class is {words[0]}{classes}")
+        known = ""
+        if names is not None and list(names) == list(range(len(names))):
+            known = f", but there are {len(names)} classes, from 0"
+        elif names is not None:
+            known = f", but names has {shorten(', '.join(map(str, names)))}"
+        raise UserError(f"{where}: its class is {words[0]}{known}")
     if max(map(abs, coordinates)) > LARGEST_FRACTION:
         raise UserError(
             f"{where}: {shorten(' '.join(words[1:5]))} are no fractions of the image's width and "
