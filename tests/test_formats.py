@@ -251,6 +251,24 @@ def test_polygons_become_masks(tmp_path):
     assert [a["area"] for a in content["annotations"]] == pytest.approx([800, 800])
 
 
+def test_poses(tmp_path):
+    yaml = "train: images\nkpt_shape: [3, {}]\nflip_idx: [0, 2, 1]\nkpt_names:\n  0: [nose, l, r]\n"
+    for size, points in ((3, "0.45 0.5 2 0.5 0.25 1 0 0 0"), (2, "0.45 0.5 0.5 0.25 0 0")):
+        folder = tmp_path / str(size)
+        write(folder, "images/a.jpg", **{"labels/a.txt": f"1 0.5 0.5 0.2 0.5 {points}\n"})
+        write(folder, **{"data.yaml": yaml.format(size) + "names: [dog, cat]\n"})
+        register_source(f"pose{size}", str(folder))
+        (annotation,) = load(f"pose{size}_train")[0]["annotations"]
+        hidden = 1 if size == 3 else 2
+        # As of every COCO file, half a pixel is added: Detectron2's are not indices of pixels.
+        expected = [45.5, 40.5, 2, 50.5, 20.5, hidden, 0.5, 0.5, 0]
+        assert annotation["keypoints"] == pytest.approx(expected)
+        assert annotation["bbox"] == pytest.approx([40, 20, 20, 40])
+        metadata = MetadataCatalog.get(f"pose{size}_train")
+        assert metadata.keypoint_names == ["nose", "l", "r"]
+        assert metadata.keypoint_flip_map == [("l", "r")]
+
+
 def test_rotated_photographs(tmp_path):
     """Sizes are those of the image as it is shown."""
     image = Image.new("RGB", (100, 80))

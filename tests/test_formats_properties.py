@@ -1,7 +1,8 @@
 """Random datasets in every format are read as they were written; random damage ends in a result or
 in one line; a split is the same everywhere, with every class in both parts.
 
-``HYPOTHESIS_EXAMPLES`` sets the number for each; `make soak` takes many more.
+``HYPOTHESIS_EXAMPLES`` sets the number, of damage in all formats together; `make soak` takes many
+more.
 """
 
 import csv
@@ -239,7 +240,8 @@ WRITERS = {
 formats = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
 
 
-# Those of damage are for all formats together.
+# Many examples are for all formats together.
+round_trips = settings(examples, max_examples=max(100, EXAMPLES // len(WRITERS)))
 corruptions = settings(examples, max_examples=-(-EXAMPLES // (len(WRITERS) + 1)))
 
 
@@ -259,7 +261,7 @@ class Folder:
 
 
 @formats
-@examples
+@round_trips
 @given(dataset=datasets())
 def test_what_was_written_is_read(write, dataset):
     splits, classes = dataset

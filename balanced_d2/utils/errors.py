@@ -70,9 +70,10 @@ def no_traceback_of(kind: Type[Exception]) -> Iterator[None]:
 
 
 def first_of(problems: Sequence[str], number: int = 3) -> str:
-    """The first few problems in one text, with the number of the others."""
+    """The first few problems in one text, with the number of the others; endless names are cut."""
     more = f" and {len(problems) - number} more" if len(problems) > number else ""
-    return "; ".join(problems[:number]) + more
+    shown = [p if len(p) <= 500 else f"{p[:500]}..." for p in problems[:number]]
+    return "; ".join(shown) + more
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
