@@ -163,6 +163,13 @@ def test_dataset_of_a_function(check):
     assert "data set 'own': 6 images" in out
 
 
+def test_errors_stay_on_one_line(check):
+    exit_code, out, err = check("own", "--register", "x", "of two\nlines")
+    assert exit_code == 2 and err.splitlines() == [
+        "error: --register x: of two lines does not exist"
+    ]
+
+
 def test_unknown_name(check):
     exit_code, out, err = check("own", "nowhere")
     assert exit_code == 2 and "'nowhere' is not registered" in err and not out

@@ -303,6 +303,16 @@ def test_what_is_left_out_is_reported(tmp_path, caplog):
         assert caplog.text.count(part) >= 1, part
 
 
+def test_images_in_two_splits_are_reported(tmp_path, caplog):
+    """As in Ultralytics' first example."""
+    write(tmp_path, "images/a.jpg", "images/b.jpg", **{"labels/a.txt": BOX})
+    write(tmp_path, **{"t.txt": "images/a.jpg\nimages/b.jpg", "v.txt": "images/a.jpg"})
+    write(tmp_path, **{"data.yaml": "train: t.txt\nval: v.txt\nnames: [dog, cat]\n"})
+    found = read("twice", tmp_path)
+    assert {split: len(images) for split, images in found.items()} == {"train": 2, "val": 1}
+    assert f"1 image(s) are in more than one split: {tmp_path}/images/a.jpg" in caplog.text
+
+
 def test_messages_name_what_was_registered(tmp_path, caplog):
     """And no file that was written only for evaluators."""
     write(tmp_path, "a.jpg", **{"a.txt": BOX + "1 0.5 0.5 0 0\n", "classes.txt": "dog\ncat"})
