@@ -839,6 +839,15 @@ REFUSED = [
         ["a.txt, line 1 has 7 numbers; a box has 5, and each of the 1 keypoints of kpt_shape 3"],
     ),
     (
+        *("YOLO, a broken data.yaml", ""),
+        {
+            "images/a.jpg": "",
+            "labels/a.txt": BOX,
+            "data.yaml": "train: [images\nnames: [dog, cat\n",
+        },
+        ["data.yaml is not valid YAML"],
+    ),
+    (
         *("YOLO, commas", "", {"a.jpg": "", "a.txt": "1,0.5,0.5,0.2,0.5\n"}),
         ["a.txt, line 1: not all are numbers: 1,0.5,0.5,0.2,0.5; separate them by spaces"],
     ),

@@ -113,6 +113,13 @@ def test_images_of_another_name_and_what_is_left_out(check, data, monkeypatch, c
     )
 
 
+def test_crowds_are_not_usable(check, data):
+    data[1](lambda content: [a.update(iscrowd=int(a["id"] > 2)) for a in content["annotations"]])
+    exit_code, out, err = check("own")
+    assert exit_code == 0 and "6 images (0 without annotations), 2 usable annotations" in out
+    assert "left out 16 annotation(s) that are marked iscrowd" in out
+
+
 def test_broken_file(check, data):
     (data[0] / "annotations.json").write_text("[")
     exit_code, out, err = check("own")

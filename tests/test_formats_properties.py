@@ -242,7 +242,7 @@ formats = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
 
 # Many examples are for all formats together.
 round_trips = settings(examples, max_examples=max(100, EXAMPLES // len(WRITERS)))
-corruptions = settings(examples, max_examples=-(-EXAMPLES // (len(WRITERS) + 1)))
+corruptions = settings(examples, max_examples=max(30, -(-EXAMPLES // (len(WRITERS) + 1))))
 
 
 class Folder:

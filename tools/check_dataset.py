@@ -66,7 +66,9 @@ def check_dataset(name: str, with_images: bool) -> bool:
 
 
 def summary(name: str, records: List[Dict]) -> str:
-    annotations = [a for record in records for a in record.get("annotations", ())]
+    annotations = [
+        a for record in records for a in record.get("annotations", ()) if not a.get("iscrowd", 0)
+    ]
     empty = sum(not record.get("annotations") for record in records)
     counts = Counter(annotation["category_id"] for annotation in annotations)
     classes = MetadataCatalog.get(name).get("thing_classes") or sorted(counts)

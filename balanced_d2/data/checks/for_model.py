@@ -91,7 +91,7 @@ def check_datasets(
         raise UserError("DATASETS.TRAIN is empty: there is nothing to train on")
     if not train and not evaluated:
         raise UserError("DATASETS.TEST is empty: there is nothing to evaluate on")
-    usable = 0
+    usable = crowds = 0
     names = list(dict.fromkeys((*trained, *evaluated)))
     classes: Dict[str, List[str]] = {}
     missing: Dict[str, Dict[str, str]] = {}
@@ -135,10 +135,14 @@ def check_datasets(
                 report(name, left_out_findings(records, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS))
                 counts[name] = Counter(a["category_id"] for _, a in usable_annotations(records))
                 usable += sum(counts[name].values())
+                crowds += sum(len(r.get("annotations", ())) for r in records)
+                crowds -= sum(counts[name].values())
                 usable += sum("sem_seg_file_name" in record for record in records)
     if trained and annotations and not usable:
+        why = f": all {crowds} are marked iscrowd, for groups of objects" if crowds else ""
         raise UserError(
             f"DATASETS.TRAIN ({', '.join(trained)}): there are no usable annotations to train on"
+            + why
         )
     model = _model_classes(trained, evaluated, classes, known)
     if not number_follows and model is not None:
