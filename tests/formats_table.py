@@ -567,6 +567,11 @@ READ = [
         {"": {"a.png": [YOLO_BOX]}},
     ),
     (
+        *("CSV, names as in addresses", "boxes.csv", ["images/a b.jpg"], {}),
+        {"boxes.csv": CSV_HEADER + "https://host/images/a%20b.jpg,100,80,cat,40,20,60,60\n"},
+        {"": {"images/a b.jpg": [YOLO_BOX]}},
+    ),
+    (
         *("COCO, a file with a byte order mark", "labels.json", ["a.jpg"], {}),
         {"labels.json": b"\xef\xbb\xbf" + json.dumps(coco("a.jpg")).encode()},
         {"": A},
@@ -846,6 +851,16 @@ REFUSED = [
             "data.yaml": "train: [images\nnames: [dog, cat\n",
         },
         ["data.yaml is not valid YAML"],
+    ),
+    (
+        *("VOC, an encoding that does not exist", ""),
+        {"a.jpg": "", "a.xml": f'<?xml version="1.0" encoding="utf-99"?>{VOC}'},
+        ["a.xml is not valid XML"],
+    ),
+    (
+        *("an image without bytes", ""),
+        {"a.gif": b"", "a.txt": BOX},
+        ["a.gif is empty"],
     ),
     (
         *("YOLO, commas", "", {"a.jpg": "", "a.txt": "1,0.5,0.5,0.2,0.5\n"}),

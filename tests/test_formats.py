@@ -17,6 +17,7 @@ from balanced_d2.utils.errors import UserError
 from .conftest import ROOT, TINY_MODEL, assert_user_error, logged, run_program, train_net
 from .formats_table import (
     BOX,
+    CSV_HEADER,
     READ,
     REFUSED,
     ROBOFLOW,
@@ -333,6 +334,15 @@ def test_links_and_pipes(tmp_path):
     (tmp_path / "store" / "b.jpg").symlink_to("gone")
     with pytest.raises(UserError, match=r"b\.jpg does not exist"):
         register_source("dead", str(tmp_path / "set"))
+
+
+def test_numbers_as_classes(tmp_path):
+    """They are sorted as numbers."""
+    rows = "".join(f"a.jpg,100,80,{label},40,20,60,60\n" for label in (10, 2, 0))
+    write(tmp_path, "a.jpg", **{"boxes.csv": CSV_HEADER + rows})
+    register_source("numbers", str(tmp_path))
+    load("numbers")
+    assert MetadataCatalog.get("numbers").thing_classes == ["0", "2", "10"]
 
 
 def test_words_of_the_config():

@@ -20,6 +20,7 @@ from balanced_d2.data.datasets.source import (
     number,
     read_text,
     shorten,
+    sorted_by_name,
     split_in,
 )
 from balanced_d2.utils.errors import UserError, first_of
@@ -280,4 +281,4 @@ def _classes(files: List[str], labels: set) -> Dict[Label, str]:
             if labels <= set(first):
                 titles: Dict[Label, str] = {k: v for k, v in zip(first, second) if k in labels}
                 return dict(sorted(titles.items(), key=lambda item: item[1]))
-    return {label: str(label) for label in sorted(labels, key=str)}
+    return sorted_by_name(labels)

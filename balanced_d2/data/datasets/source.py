@@ -4,6 +4,7 @@ import math
 import os
 import reprlib
 from typing import Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -190,6 +191,8 @@ def image_size(path: str) -> Tuple[int, int]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path} is empty") from error
         raise UserError(
             f"{path} is not an image in a format that Pillow reads; convert it to PNG or JPEG"
         ) from error
@@ -287,6 +290,14 @@ def check_found(root: str, paths: Collection[str]) -> None:
         )
 
 
+def sorted_by_name(labels: Iterable[Label]) -> Dict[Label, str]:
+    """Classes in the order of their names; if all are numbers, of these."""
+    names = {label: str(label) for label in labels}
+    are_numbers = all(name.isdecimal() for name in names.values())
+    order = sorted(names, key=lambda x: (int(names[x]) if are_numbers else 0, names[x]))
+    return {label: names[label] for label in order}
+
+
 class ImageIndex:
     """Finds the images that annotations name, although folders have been moved.
 
@@ -326,11 +337,15 @@ class ImageIndex:
         if not name or "\0" in name:
             return None
         for folder in (near, self._root):
-            for spelled in (name, name.replace("\\", "/")):
+            for spelled in (name, name.replace("\\", "/"), unquote(name)):
                 path = os.path.normpath(os.path.join(folder, spelled))
                 if path in self._paths or (os.path.isabs(name) and os.path.isfile(path)):
                     return path
-        found = self._similar(name.replace("\\", "/").split("/"), near, where)
+        parts = name.replace("\\", "/").split("/")
+        # Names that tools write as parts of an address.
+        found = self._similar(parts, near, where) or self._similar(
+            [unquote(part) for part in parts], near, where
+        )
         if found and self._named.setdefault(found, name) != name:
             raise UserError(
                 f"{where}: there is no image {shorten(name)}, and {found}, which has its file "

@@ -17,6 +17,7 @@ from balanced_d2.data.datasets.source import (
     number,
     read_text,
     shorten,
+    sorted_by_name,
     split_in,
 )
 from balanced_d2.utils.errors import UserError
@@ -104,13 +105,11 @@ def read_via(
         raise UserError(f"{root}: some of its files are in no folder of a split, but others are")
     used = {path for _, path in read}
     check_found(root, used)
-    labels = sorted({item.label for image in read.values() for item in image.objects}, key=str)
+    labels = {item.label for image in read.values() for item in image.objects}
     notes = index.note_unused(used)
     if labels and not key:
         notes += (f"regions have no attributes: their class is called {ONLY_CLASS!r}",)
-    return Labelled(
-        "VGG Image Annotator", {label: str(label) for label in labels}, splits, notes=notes
-    )
+    return Labelled("VGG Image Annotator", sorted_by_name(labels), splits, notes=notes)
 
 
 def _in_csv(path: str) -> Iterator[Region]:

@@ -13,6 +13,7 @@ from balanced_d2.data.datasets.source import (
     number,
     read_text,
     shorten,
+    sorted_by_name,
     split_in,
 )
 from balanced_d2.utils.errors import UserError, first_of
@@ -80,11 +81,11 @@ def read_voc(
         raise UserError(
             f"{root}: the images of {len(unsized)} XML file(s) do not exist: {first_of(unsized)}"
         )
-    labels = sorted({item.label for image in read.values() for item in image.objects}, key=str)
+    labels = {item.label for image in read.values() for item in image.objects}
     splits, notes = _splits(root, files, read)
     return Labelled(
         "Pascal VOC XML",
-        {label: str(label) for label in labels},
+        sorted_by_name(labels),
         splits,
         notes=(*notes, *index.note_unused({image.path for image in read.values()})),
     )
