@@ -4,7 +4,6 @@ import ctypes
 import logging
 import re
 from pathlib import Path
-from typing import List
 
 import torch
 from detectron2.config import CfgNode
@@ -87,9 +86,13 @@ def _keep_float32(model: nn.Module, training: bool) -> None:
             for layer in module.modules():
                 if isinstance(layer, nn.Linear) and not isinstance(layer, _InFloat32):
                     mix_in(_InFloat32, layer)
-        elif training and isinstance(module, nn.Conv2d) and not isinstance(module, _InFloat32):
-            if _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16:
-                mix_in(_TrainedInFloat32, module)
+        elif (
+            training
+            and isinstance(module, nn.Conv2d)
+            and not isinstance(module, _InFloat32)
+            and _multiply_adds_per_value(module) < GAIN_OF_BFLOAT16
+        ):
+            mix_in(_TrainedInFloat32, module)
 
 
 def _multiply_adds_per_value(conv: nn.Conv2d) -> float:
