@@ -9,7 +9,7 @@ import sys
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import BalancedCheckpointer
-from balanced_d2.engine import argument_parser, run, setup, trainer_for
+from balanced_d2.engine import argument_parser, dry_run, run, setup, trainer_for
 
 # isort: split
 from detectron2.evaluation import verify_results
@@ -22,7 +22,8 @@ def main(args):
 
     if args.eval_only:
         model = trainer_class.build_model(cfg)
-        BalancedCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        averaged = cfg.SOLVER.EMA.ENABLED
+        BalancedCheckpointer(model, save_dir=cfg.OUTPUT_DIR, averaged=averaged).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = trainer_class.test(cfg, model)
@@ -31,6 +32,9 @@ def main(args):
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+
+    if args.dry_run:
+        return dry_run(trainer_class, cfg)
 
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -1,8 +1,10 @@
 """Fixtures: small datasets on disk, and the project's programs as subprocesses."""
 
+import copy
 import importlib.util
 import json
 import logging
+import math
 import os
 import runpy
 import socket
@@ -16,10 +18,16 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import _cached_log_stream, setup_logger
 from iopath.common.file_io import file_lock
+from torch import nn
 
 import balanced_d2  # noqa: F401  # registration
+from balanced_d2 import load_config
+from balanced_d2.config.checks import check_config
+from balanced_d2.data import register_coco
+from balanced_d2.engine import BalancedTrainer
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, with their subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -246,3 +254,82 @@ def load_tool(name: str, folder: str = "tools"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# Trainings of a model of one layer, in this process, with evaluations whose results are given.
+
+EVAL_PERIOD = 2
+
+
+class Killed(BaseException):
+    """Ends a training as a signal would."""
+
+
+class Small(nn.Module):
+    """A model that can be trained on any image; its loss depends on chance, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, inputs):
+        mean = torch.stack([sample["image"].float().mean() for sample in inputs]).mean() / 255
+        return {"loss": (self.layer(torch.stack([mean, torch.rand(())])) - 1).square().sum()}
+
+
+@pytest.fixture
+def training(tiny_coco, monkeypatch):
+    """Runs a training whose evaluations give the values of a list, and may be killed."""
+    monkeypatch.setattr(DatasetCatalog, "data", copy.copy(DatasetCatalog.data))  # undone afterwards
+    register_coco("judged", str(tiny_coco), str(tiny_coco.parent / "images"))
+
+    def run(folder, values, *options, resume=False, kill_in=None, max_iter=None):
+        """Train; the evaluation number ``kill_in`` never ends.
+
+        Returns:
+            How many evaluations there were.
+        """
+        max_iter = max_iter or EVAL_PERIOD * len(values)
+        calls = []
+
+        class Trainer(BalancedTrainer):
+            @classmethod
+            def build_model(cls, cfg):
+                return Small()
+
+            @classmethod
+            def test(cls, cfg, model, evaluators=None):
+                number = math.ceil(min(get_event_storage().iter + 1, max_iter) / EVAL_PERIOD) - 1
+                if number == kill_in:
+                    raise Killed
+                calls.append(number)
+                return {"bbox": {"AP": values[number], "AP50": 1.0}}
+
+        keys = {
+            "DATALOADER.NUM_WORKERS": 0,
+            "DATASETS.TEST": "('judged',)",
+            "DATASETS.TRAIN": "('judged',)",
+            "MODEL.DEVICE": "cpu",
+            "MODEL.ROI_HEADS.NUM_CLASSES": 2,
+            "MODEL.WEIGHTS": "",
+            "OUTPUT_DIR": folder,
+            "SEED": 3,
+            "SOLVER.CHECKPOINT_PERIOD": EVAL_PERIOD,
+            "SOLVER.IMS_PER_BATCH": 2,
+            "SOLVER.MAX_ITER": max_iter,
+            "SOLVER.STEPS": "()",
+            "SOLVER.WARMUP_ITERS": 0,
+            "TEST.EVAL_PERIOD": EVAL_PERIOD,
+        }
+        given = [part for pair in keys.items() for part in pair]
+        cfg = load_config("", [str(part) for part in (*given, *options)])
+        folder.mkdir(exist_ok=True)
+        check_config(cfg, train=True)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return calls
+
+    return run

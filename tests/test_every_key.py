@@ -136,6 +136,7 @@ def train(tmp_path, *more):
         eval_only=False,
         skip_data_check=False,
         overwrite=False,
+        dry_run=False,
     )
     cfg = setup(args)
     trainer = BalancedTrainer(cfg)

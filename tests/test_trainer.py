@@ -27,7 +27,7 @@ def trainer():
     model(torch.ones(1)).backward()
     optimizer.step()
     trainer.iter = trainer._trainer.iter = 41
-    trainer.start_iter = 0
+    trainer.start_iter, trainer.max_iter = 0, 100
     return trainer
 
 

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     example, *images = export.sample_images(cfg, args.sample_image)
     model = build_model(cfg).eval()
     export.check_exportable(model, args.format)
-    load_weights(model, cfg.MODEL.WEIGHTS)
+    load_weights(model, cfg.MODEL.WEIGHTS, averaged=cfg.SOLVER.EMA.ENABLED)
 
     if args.format == "onnx":
         export.export_onnx(model, example, path, metadata)

@@ -23,6 +23,8 @@ from balanced_d2.utils.files import check_writable, open_replacing
 # A suffix of paths.
 MATCHING_HEURISTICS = "?matching_heuristics=True"
 CONFIG, GRAY_RANGE = "config", "gray_range"  # keys of a checkpoint
+# What a checkpoint has besides "model" if the weights were averaged: the average, as its "model".
+AVERAGED = "model_ema"
 # Tensors that older checkpoints have and models no longer do: theirs are those of the config.
 PIXELS = ("pixel_mean", "pixel_std")
 
@@ -56,6 +58,8 @@ class BalancedCheckpointer(DetectionCheckpointer):
         class_names: of the model's classes, which are saved with it.
         config: the training's, as text, which is saved, too.
         gray_range: ``INPUT.GRAY_RANGE``, which is saved with it unless it is 0.
+        averaged: whether the averaged weights of a file are loaded (``SOLVER.EMA``), if it has any.
+            The log says which are.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class BalancedCheckpointer(DetectionCheckpointer):
         class_names: Optional[Sequence[str]] = None,
         config: str = "",
         gray_range: float = 0.0,
+        averaged: bool = False,
         **kwargs,
     ):
         super().__init__(model, save_dir, **kwargs)
         self.class_names = class_names and list(class_names)
         self.config = config
         self.gray_range = gray_range
+        self.averaged = averaged
         self.path_manager: _AtomicWrites = _AtomicWrites(self.path_manager)
         self._matching_heuristics = False  # True while such a file is loaded
 
@@ -143,7 +149,23 @@ class BalancedCheckpointer(DetectionCheckpointer):
         loaded = super()._load_file(filename)
         if self._matching_heuristics:
             loaded["matching_heuristics"] = True
+        if not self.checkpointables:  # otherwise, a training that is resumed
+            self._choose_weights(loaded, filename)
         return loaded
+
+    def _choose_weights(self, loaded: Dict[str, Any], filename: str) -> None:
+        logger = logging.getLogger(__name__)
+        if AVERAGED not in loaded:
+            if self.averaged and "trainer" in loaded:
+                logger.warning(f"{filename} has no averaged weights: those that it has are loaded")
+        elif self.averaged:
+            logger.info(f"{filename}: loading its averaged weights (SOLVER.EMA.ENABLED is True)")
+            loaded["model"] = loaded[AVERAGED]["model"]
+        else:
+            logger.warning(
+                f"{filename}: loading its weights as they were trained; SOLVER.EMA.ENABLED True "
+                "loads their average"
+            )
 
     def _log_incompatible_keys(self, incompatible):
         reshaped = {key for key, _, _ in incompatible.incorrect_shapes}
@@ -204,20 +226,40 @@ def read_contents(path: str) -> Contents:
     )
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def trainer_state(path: str) -> Dict[str, Any]:
+    """The state of the trainer in a checkpoint of this project; empty if it has none.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    try:
+        return _mapped(path).get("trainer", {})
+    except READ_ERRORS as error:
+        raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+
+
+def load_weights(model: nn.Module, path: str, averaged: bool = False) -> None:
     """Load a checkpoint of exactly this model, not one to start training from.
+
+    Args:
+        averaged: as for :class:`BalancedCheckpointer`.
 
     Raises:
         UserError: if the checkpoint cannot be read, or if its weights are missing, left over or of
             another shape.
     """
     try:
-        BalancedCheckpointer(model).load(path)
+        BalancedCheckpointer(model, averaged=averaged).load(path)
     except UserError as error:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
 
 
-def start_from(model: nn.Module, path: str, class_names: Optional[Sequence[str]] = None) -> None:
+def start_from(
+    model: nn.Module,
+    path: str,
+    class_names: Optional[Sequence[str]] = None,
+    averaged: bool = False,
+) -> None:
     """Load what a checkpoint has for a model that is about to be trained.
 
     What depends on the classes is matched by their names; what the checkpoint lacks stays as it
@@ -227,13 +269,14 @@ def start_from(model: nn.Module, path: str, class_names: Optional[Sequence[str]]
     Args:
         path: file or address; ``""`` leaves the model as it is.
         class_names: of the model's classes, if known.
+        averaged: as for :class:`BalancedCheckpointer`.
 
     Raises:
         UserError: if the checkpoint cannot be read, or nothing in it, or nothing for the backbone,
             fits the model.
     """
     try:
-        _StartingCheckpointer(model, class_names=class_names).load(path)
+        _StartingCheckpointer(model, class_names=class_names, averaged=averaged).load(path)
     except UserError as error:
         raise UserError(f"MODEL.WEIGHTS: {error}") from error
 

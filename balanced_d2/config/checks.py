@@ -13,6 +13,7 @@ from detectron2.modeling import (
     GeneralizedRCNN,
     RetinaNet,
 )
+from detectron2.utils import comm
 
 from balanced_d2.layers.box_losses import BOX_REG_LOSSES, DETECTRON2_LOSSES
 from balanced_d2.layers.class_losses import CLS_LOSSES, CROSS_ENTROPY, WITHOUT_WEIGHTS
@@ -20,7 +21,7 @@ from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
 from balanced_d2.modeling.balanced_sampling import check_together
 from balanced_d2.utils.compat import has_sigmoid_scores
-from balanced_d2.utils.errors import UserError, check_package
+from balanced_d2.utils.errors import UserError, check_choice, check_package
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,13 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
                 f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose one of: "
                 f"{', '.join(OPTIMIZERS)}"
             )
+        _check_accumulation(cfg)
+        _check_averaging(cfg)
+        _check_what_follows_evaluation(cfg)
         if cfg.WANDB.ENABLED:
             check_package("wandb", "WANDB.ENABLED")
+        if cfg.MLFLOW.ENABLED:
+            check_package("mlflow", "MLFLOW.ENABLED")
     if idle:
         logger.warning(idle)
 
@@ -183,6 +189,25 @@ def check_weights(cfg: CfgNode, purpose: str = "") -> None:
         raise UserError(f"MODEL.WEIGHTS: there is no file {weights}")
 
 
+def find_best_weights(cfg: CfgNode) -> None:
+    """Let ``MODEL.WEIGHTS`` "best" be the best checkpoint in ``OUTPUT_DIR``
+    (``TEST.BEST_CHECKPOINT``).
+
+    Raises:
+        UserError: if there is none.
+    """
+    if cfg.MODEL.WEIGHTS != "best":
+        return
+    path = os.path.join(cfg.OUTPUT_DIR, "model_best.pth")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"MODEL.WEIGHTS best: there is no {path}; a training with TEST.BEST_CHECKPOINT.METRIC "
+            "writes it, to its OUTPUT_DIR"
+        )
+    logger.info(f"MODEL.WEIGHTS best: {path}")
+    cfg.MODEL.WEIGHTS = path
+
+
 def drop_late_steps(cfg: CfgNode) -> None:
     """Remove steps of the learning rate that are beyond the end of training, with a warning.
 
@@ -230,6 +255,50 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
                 "TEST.AUG.ENABLED is True, but Detectron2 has no test-time augmentation for models "
                 f"whose MODEL.{key} is {model[key]}; set TEST.AUG.ENABLED to False"
             )
+
+
+def _check_accumulation(cfg: CfgNode) -> None:
+    parts, images = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if parts < 1:
+        raise UserError(f"SOLVER.ACCUMULATE is {parts}; it has to be at least 1")
+    # The batch size of a LazyConfig is its loader's.
+    if parts > images and not hasattr(cfg, "lazy"):
+        raise UserError(
+            f"SOLVER.ACCUMULATE is {parts}, but each process has only {images} of the "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} images: choose at most {images}"
+        )
+
+
+def _check_averaging(cfg: CfgNode) -> None:
+    ema = cfg.SOLVER.EMA
+    if not 0 <= ema.DECAY < 1:
+        raise UserError(f"SOLVER.EMA.DECAY is {ema.DECAY}; it has to be at least 0 and below 1")
+    if ema.ENABLED and cfg.TEST.PRECISE_BN.ENABLED:
+        raise UserError(
+            "TEST.PRECISE_BN.ENABLED is True, but measures the statistics of the weights that are "
+            "trained, not of their average, which SOLVER.EMA.ENABLED evaluates: turn one off"
+        )
+
+
+def _check_what_follows_evaluation(cfg: CfgNode) -> None:
+    best, stopping = cfg.TEST.BEST_CHECKPOINT, cfg.SOLVER.EARLY_STOPPING
+    for key, node, is_on in (
+        ("TEST.BEST_CHECKPOINT", best, bool(best.METRIC)),
+        ("SOLVER.EARLY_STOPPING", stopping, stopping.PATIENCE != 0),
+    ):
+        if not is_on:
+            continue
+        check_choice(f"{key}.MODE", node.MODE, ("max", "min"))
+        if not cfg.DATASETS.TEST or cfg.TEST.EVAL_PERIOD < 1:
+            raise UserError(
+                f"{key} needs evaluations during training: set DATASETS.TEST and, in iterations, "
+                "TEST.EVAL_PERIOD"
+            )
+    if stopping.PATIENCE < 0 or stopping.MIN_CHANGE < 0:
+        raise UserError(
+            f"SOLVER.EARLY_STOPPING: PATIENCE is {stopping.PATIENCE} and MIN_CHANGE "
+            f"{stopping.MIN_CHANGE}; neither can be below 0"
+        )
 
 
 def _check_samplers(cfg: CfgNode) -> None:

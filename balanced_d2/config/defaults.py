@@ -130,6 +130,28 @@ def add_balanced_config(cfg: CN) -> None:
     # The factor of the learning rate of the backbone below the pyramid.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
 
+    # The number of parts in which a batch of IMS_PER_BATCH images is computed, one after the other,
+    # so that it takes less memory. Nothing else changes: an iteration is still one whole batch and
+    # one step of the optimizer.
+    cfg.SOLVER.ACCUMULATE = 1
+
+    # An exponential moving average of the weights, which is evaluated in their place and is in the
+    # checkpoints, too, as model_ema. Programs that load such a checkpoint take the average where
+    # ENABLED is True. DECAY is the share of the average that an iteration keeps; in the first ones
+    # it is smaller.
+    cfg.SOLVER.EMA = CN({"ENABLED": False, "DECAY": 0.999})
+
+    # Ending training early, once a metric of the evaluations has not improved in PATIENCE of them
+    # (0: never). METRIC is a name in metrics.json (with several test sets, it begins with one of
+    # them), MODE "max" or "min" says which values are better, and MIN_CHANGE has to be exceeded.
+    cfg.SOLVER.EARLY_STOPPING = CN(
+        {"PATIENCE": 0, "METRIC": "bbox/AP", "MODE": "max", "MIN_CHANGE": 0.0}
+    )
+
+    # The metric whose best checkpoint is kept as model_best.pth, such as "bbox/AP"; empty: none is.
+    # MODE as above. Programs take it with MODEL.WEIGHTS "best".
+    cfg.TEST.BEST_CHECKPOINT = CN({"METRIC": "", "MODE": "max"})
+
     # Mixed precision in evaluation and detection; SOLVER.AMP is for training only. On CPUs both are
     # bfloat16.
     cfg.TEST.AMP = CN({"ENABLED": False})
@@ -141,6 +163,11 @@ def add_balanced_config(cfg: CN) -> None:
     # Weights & Biases (needs `pip install wandb`): whether to send it what TensorBoard receives,
     # the project, and the name of the run (by default, Weights & Biases chooses one).
     cfg.WANDB = CN({"ENABLED": False, "PROJECT": "balanced_d2", "NAME": ""})
+
+    # MLflow (needs `pip install mlflow`): whether it receives the config and all scalars, the
+    # experiment, the name of the run (by default, MLflow chooses one), and where to (by default,
+    # MLflow's own default). A resumed training continues its run.
+    cfg.MLFLOW = CN({"ENABLED": False, "EXPERIMENT": "balanced_d2", "NAME": "", "URI": ""})
 
     # For BalancedRetinaNet: whether boxes are also clipped to the image before non-maximum
     # suppression, as in MMDetection.

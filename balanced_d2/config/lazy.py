@@ -11,6 +11,18 @@ from balanced_d2.utils.errors import UserError, raise_user_errors
 
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
+# Nodes of train that may be missing, with the key in YAML configs and its parts.
+OPTIONAL = {
+    "best_checkpoint": ("TEST.BEST_CHECKPOINT", ("metric", "mode")),
+    "mlflow": ("MLFLOW", ("enabled", "experiment", "name", "uri")),
+    "model_ema": ("SOLVER.EMA", ("enabled", "decay")),
+    "wandb": ("WANDB", ("enabled", "project", "name")),
+    "early_stopping": (
+        "SOLVER.EARLY_STOPPING",
+        ("patience", "metric", "mode", "min_change"),
+    ),
+}
+
 
 def is_lazy(config_file: str) -> bool:
     """Whether a config file is a LazyConfig, not YAML, judging by its name."""
@@ -84,14 +96,16 @@ def trainer_config(lazy: DictConfig) -> LazyCfgNode:
             "SOLVER.MAX_ITER": train.max_iter,
             "SOLVER.STEPS": (),  # its schedule is lr_multiplier
             "SOLVER.CHECKPOINT_PERIOD": train.checkpointer.period,
+            "SOLVER.ACCUMULATE": train.get("accumulate", 1),
             "SOLVER.AMP.ENABLED": train.amp.enabled,
             "TEST.EVAL_PERIOD": train.eval_period,
         }
-    if train.get("model_ema", {}).get("enabled"):
-        raise UserError(
-            "train.model_ema.enabled is True, but moving averages of the weights are not "
-            "supported; set it to False"
-        )
+        for node, (key, names) in OPTIONAL.items():
+            given = train.get(node) or {}
+            unknown = sorted(given.keys() - set(names))
+            if unknown:
+                raise KeyError(f"train.{node} has no {', '.join(unknown)}, only {', '.join(names)}")
+            values.update({f"{key}.{name.upper()}": value for name, value in given.items()})
     cfg = LazyCfgNode()
     # Not through yacs, which would turn each node into another LazyCfgNode.
     dict.update(cfg, load_config("", [part for item in values.items() for part in item]))

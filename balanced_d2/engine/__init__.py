@@ -9,6 +9,7 @@ from balanced_d2.engine.defaults import (
     config_from,
     setup,
 )
+from balanced_d2.engine.dry_run import dry_run
 from balanced_d2.engine.launch import run
 from balanced_d2.engine.lazy import trainer_for
 from balanced_d2.engine.predictor import build_predictor
@@ -21,6 +22,7 @@ __all__ = [
     "argument_parser",
     "build_predictor",
     "config_from",
+    "dry_run",
     "prepare_datasets",
     "run",
     "setup",

@@ -6,12 +6,19 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 
 from balanced_d2.config import load_config
-from balanced_d2.config.checks import check_weights, drop_late_steps
-from balanced_d2.config.lazy import as_read, is_lazy, keys_set_by_hand, read_config
+from balanced_d2.config.checks import check_weights, drop_late_steps, find_best_weights
+from balanced_d2.config.lazy import (
+    LazyCfgNode,
+    as_read,
+    is_lazy,
+    keys_set_by_hand,
+    read_config,
+)
 from balanced_d2.data.adapted import adapt
 from balanced_d2.data.class_balance import take_class_balance
 from balanced_d2.data.classes import set_num_classes
 from balanced_d2.data.datasets.register import add_register_argument, register_from
+from balanced_d2.engine.dry_run import set_apart
 from balanced_d2.engine.launch import in_main_process
 from balanced_d2.engine.log import early_log, start_log
 from balanced_d2.engine.output_folder import move_aside
@@ -21,7 +28,8 @@ from balanced_d2.utils.errors import UserError
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, ``--register``, ``--skip-data-check`` and ``--overwrite``."""
+    """Detectron2's arguments, ``--register``, ``--skip-data-check``, ``--overwrite`` and
+    ``--dry-run``."""
     parser = default_argument_parser()
     parser.add_argument(
         "--skip-data-check",
@@ -32,6 +40,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "--overwrite",
         action="store_true",
         help="begin again in an OUTPUT_DIR that holds a training, which is moved aside",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, train and evaluate a little, predict time and memory of the whole "
+        "training, and write nothing to OUTPUT_DIR",
     )
     add_register_argument(parser)
     return parser
@@ -63,6 +77,7 @@ def config_from(args: argparse.Namespace) -> CfgNode:
         )
     register_from(args)
     cfg = load_config(args.config_file, args.opts)
+    find_best_weights(cfg)
     check_weights(cfg)
     weights = contents_of(cfg.MODEL.WEIGHTS)
     take_num_classes(cfg, weights, keys_set_by_hand(args.config_file, args.opts), cfg.MODEL.WEIGHTS)
@@ -73,7 +88,7 @@ def config_from(args: argparse.Namespace) -> CfgNode:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Register the user's datasets, load the config, complete it, check everything, and only then
-    write to ``OUTPUT_DIR``: the config and the log.
+    write to ``OUTPUT_DIR``: the config and the log. With ``--dry-run``, that is a temporary folder.
 
     Call this in every process, because datasets are registered per process. What is read from files
     is read and checked in one process for all.
@@ -91,9 +106,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.overwrite and (args.resume or args.eval_only):
         other = "--resume" if args.resume else "--eval-only"
         raise UserError(f"--overwrite begins a training again, {other} does not: leave one out")
+    if args.dry_run and (args.resume or args.eval_only):
+        other = "--resume" if args.resume else "--eval-only"
+        raise UserError(f"--dry-run is for a training that begins: leave {other} out")
     register_from(args)
     cfg = read_config(args.config_file, args.opts)
     with early_log() as records:
+        find_best_weights(cfg)
         use_available_device(cfg)
         if not args.eval_only:
             drop_late_steps(cfg)
@@ -102,10 +121,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.SEED, cfg.INPUT.GRAY_RANGE = start.seed, start.gray_range
         cfg.MODEL.CLASS_COUNTS = start.class_counts
         cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS = start.class_weights
+        if args.dry_run:
+            set_apart(cfg)
         cfg.freeze()
         for name, change in start.data.changes.items():
             adapt(name, change, start.data.classes or ())
-        if args.overwrite:
+        if args.overwrite and not args.dry_run:
             in_main_process(move_aside, cfg.OUTPUT_DIR)
     start_log(cfg.OUTPUT_DIR, records)
     default_setup(as_read(cfg), args)

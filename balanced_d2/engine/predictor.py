@@ -32,6 +32,6 @@ def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
     for backbone in (untrained.MODEL.TIMM, untrained.MODEL.TORCHVISION):
         backbone.PRETRAINED, backbone.WEIGHTS = False, ""
     predictor = DefaultPredictor(untrained)
-    load_weights(speed_up(cfg, predictor.model), cfg.MODEL.WEIGHTS)
+    load_weights(speed_up(cfg, predictor.model), cfg.MODEL.WEIGHTS, cfg.SOLVER.EMA.ENABLED)
     predictor.metadata = metadata
     return predictor

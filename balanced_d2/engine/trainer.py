@@ -5,23 +5,34 @@ import logging
 import os
 import sys
 import weakref
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from balanced_d2.checkpoint import BalancedCheckpointer, check_space, start_from
+from balanced_d2.checkpoint import AVERAGED, BalancedCheckpointer, check_space, start_from
+from balanced_d2.config.yaml_config import flat
 from balanced_d2.data.classes import training_classes
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.data.mapper import ImageMapper
+from balanced_d2.engine.accumulate import accumulating
+from balanced_d2.engine.after_evaluation import (
+    EarlyStopping,
+    ResumableBestCheckpointer,
+    StopEarly,
+    last_iteration,
+)
+from balanced_d2.engine.averaging import AveragedWeights, AverageWeights
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
+from balanced_d2.engine.mlflow import MLflowWriter
 from balanced_d2.engine.optimizer import build_optimizer, settings_kept
 from balanced_d2.engine.speed import autocast, speed_up
 from balanced_d2.engine.wandb import start_wandb
@@ -54,10 +65,11 @@ class BalancedTrainer(DefaultTrainer):
         with ddp_arguments(self.ddp_arguments(cfg)):
             # Detectron2's trainer for mixed precision takes CUDA only.
             super().__init__(_without_amp(cfg) if mixed_on_cpu else cfg)
+        if cfg.SOLVER.ACCUMULATE > 1:
+            self._trainer = accumulating(self._trainer, cfg.SOLVER.ACCUMULATE)
         if mixed_on_cpu:
             autocast(_unwrapped(self.model), "cpu", training=True)
-        moments = 2 if isinstance(self._trainer.optimizer, torch.optim.AdamW) else 1
-        check_space(cfg.OUTPUT_DIR, _size_of_checkpoint(self._trainer.model, moments))
+        check_space(cfg.OUTPUT_DIR, size_of_checkpoint(self))
 
     @classmethod
     def ddp_arguments(cls, cfg) -> Dict[str, Any]:
@@ -65,6 +77,8 @@ class BalancedTrainer(DefaultTrainer):
         return {"device_ids": None} if cfg.MODEL.DEVICE.startswith("cpu") else {}
 
     def build_hooks(self):
+        ema = self.cfg.SOLVER.EMA
+        self.averaged = AveragedWeights(_unwrapped(self.model), ema.DECAY) if ema.ENABLED else None
         # Replaces the one that DefaultTrainer has just created.
         self.checkpointer = BalancedCheckpointer(
             self._trainer.model,
@@ -73,6 +87,7 @@ class BalancedTrainer(DefaultTrainer):
             config=self.cfg.dump(),
             gray_range=self.cfg.INPUT.GRAY_RANGE,
             trainer=weakref.proxy(self),
+            **({AVERAGED: self.averaged} if self.averaged else {}),
         )
         built = [
             ResumablePreciseBN(
@@ -85,14 +100,53 @@ class BalancedTrainer(DefaultTrainer):
             else hook
             for hook in super().build_hooks()
         ]
-        evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        evaluation = _index_of_evaluation(built)
+        if self.averaged:
+
+            def test_and_save_results():  # as DefaultTrainer's
+                self._last_eval_results = self._evaluate(self.test)
+                return self._last_eval_results
+
+            built[evaluation] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, test_and_save_results)
         if self.cfg.TEST.AUG.ENABLED:  # once, at the end
-            augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            augmented = hooks.EvalHook(0, lambda: self._evaluate(self.test_with_TTA))
             built.insert(evaluation + 1, augmented)
         # After the schedule and the periodic checkpoint, before the evaluation, which is slow.
         built.insert(evaluation, StopOnSignal(self.checkpointer))
+        if self.averaged:
+            # Before the checkpoint, which has the average.
+            built.insert(0, AverageWeights(self.averaged))
         if isinstance(self._trainer.data_loader, TrainLoader):
             built.insert(0, SeedIterations(self._trainer.data_loader))
+        # In all processes, unlike the writers before them, which have then written the results.
+        return [*built, *self.build_hooks_after_evaluation()]
+
+    def _evaluate(self, test: Callable[[CfgNode, nn.Module], Dict[str, Any]]) -> Dict[str, Any]:
+        if self.averaged is None:
+            return test(self.cfg, self.model)
+        logging.getLogger(__name__).info("evaluating the averaged weights (SOLVER.EMA)")
+        with self.averaged.applied():
+            return test(self.cfg, self.model)
+
+    def build_hooks_after_evaluation(self) -> List[HookBase]:
+        """What ``TEST.BEST_CHECKPOINT`` and ``SOLVER.EARLY_STOPPING`` ask for."""
+        period, built = self.cfg.TEST.EVAL_PERIOD, []
+        best, stopping = self.cfg.TEST.BEST_CHECKPOINT, self.cfg.SOLVER.EARLY_STOPPING
+        if best.METRIC:
+            built.append(
+                ResumableBestCheckpointer(period, self.checkpointer, best.METRIC, best.MODE)
+            )
+        if stopping.PATIENCE:
+            built.append(
+                EarlyStopping(
+                    period,
+                    self.checkpointer,
+                    stopping.METRIC,
+                    stopping.PATIENCE,
+                    stopping.MODE,
+                    stopping.MIN_CHANGE,
+                )
+            )
         return built
 
     @classmethod
@@ -144,7 +198,21 @@ class BalancedTrainer(DefaultTrainer):
     def build_writers(self):
         if self.cfg.WANDB.ENABLED:
             start_wandb(self.cfg)  # before TensorBoard's writer is created, whose events it copies
-        return super().build_writers()
+        writers = super().build_writers()
+        mlflow = self.cfg.MLFLOW
+        if mlflow.ENABLED:
+            trainer = weakref.proxy(self)
+            writers.append(
+                MLflowWriter(
+                    self.cfg.OUTPUT_DIR,
+                    mlflow.EXPERIMENT,
+                    mlflow.NAME,
+                    mlflow.URI,
+                    params=dict(flat(yaml.safe_load(self.cfg.dump()))),
+                    is_resumed=lambda: trainer.start_iter > 0,
+                )
+            )
+        return writers
 
     def resume_or_load(self, resume=True):
         """
@@ -158,7 +226,8 @@ class BalancedTrainer(DefaultTrainer):
             self.checkpointer.load(newest)
         else:
             weights, class_names = self.cfg.MODEL.WEIGHTS, self.checkpointer.class_names
-            start_from(self._trainer.model, weights, class_names)
+            averaged = self.cfg.SOLVER.EMA.ENABLED
+            start_from(self._trainer.model, weights, class_names, averaged=averaged)
         if self.start_iter == 0:
             check_balanced(self.cfg, self.model)
         if not resume or self.start_iter != self.max_iter:
@@ -169,12 +238,45 @@ class BalancedTrainer(DefaultTrainer):
             self.checkpointer.save("model_final", iteration=self.iter)
 
     def train(self):
+        logger = logging.getLogger(__name__)
+        for hook in self._hooks:
+            if isinstance(hook, EarlyStopping) and hook.reason():
+                logger.info(
+                    f"this training has been stopped early: {hook.reason()}; a larger PATIENCE "
+                    "continues it"
+                )
+                return None
         with no_traceback_of(StopTraining):
-            return super().train()
+            try:
+                return super().train()
+            except StopEarly as stop:
+                logger.info(stop)
+                return None
+
+    def before_train(self):
+        super().before_train()
+        self._finish_iteration()
+
+    def _finish_iteration(self) -> None:
+        """Do what was left of the iteration after which the checkpoint was saved: checkpoints are
+        saved before the evaluation, which decides on the best one and on stopping."""
+        iteration = self.start_iter - 1
+        deciding = (ResumableBestCheckpointer, EarlyStopping)
+        if not any(h.is_missing(iteration) for h in self._hooks if isinstance(h, deciding)):
+            return
+        logging.getLogger(__name__).info(
+            f"evaluating after iteration {iteration}: the checkpoint does not have the results"
+        )
+        self.iter = self.storage.iter = iteration
+        for hook in self._hooks[_index_of_evaluation(self._hooks) :]:
+            hook.after_step()
 
     def after_train(self):
-        failed = sys.exc_info()[0] is not None
-        if not failed:
+        error = sys.exc_info()[1]
+        if isinstance(error, StopEarly):  # after an evaluation, which is the final one
+            self.max_iter = self.iter + 1
+            del self._hooks[_index_of_evaluation(self._hooks)]
+        if error is None or isinstance(error, StopEarly):
             return super().after_train()
         # Detectron2 evaluates after the last iteration even if it failed. A later failure, such as
         # writing to a full disk, must not hide the first error.
@@ -210,6 +312,7 @@ class BalancedTrainer(DefaultTrainer):
         loader = self._trainer.data_loader
         return {
             **super().state_dict(),
+            "iteration": last_iteration(self),
             "_trainer": self._trainer.state_dict(),
             # RetinaNet divides its losses by a running mean that is not a buffer.
             "normalizers": {
@@ -263,6 +366,10 @@ def with_validation_images(
     return DatasetEvaluators([evaluator, shown])
 
 
+def _index_of_evaluation(built: List[HookBase]) -> int:
+    return next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+
+
 def _without_amp(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
@@ -275,8 +382,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _size_of_checkpoint(model: nn.Module, moments: int) -> int:
-    """Size in bytes: the model, and what the optimizer keeps of each trained parameter."""
+def size_of_checkpoint(trainer: BalancedTrainer) -> int:
+    """Size in bytes: the model, its average, and what the optimizer keeps of each trained
+    parameter."""
+    model = trainer._trainer.model
+    moments = 2 if isinstance(trainer._trainer.optimizer, torch.optim.AdamW) else 1
+    copies = 2 if trainer.averaged else 1
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tensors = [*model.state_dict().values(), *moments * trained]
+    tensors = [*copies * list(model.state_dict().values()), *moments * trained]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

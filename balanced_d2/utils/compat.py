@@ -69,3 +69,14 @@ def has_sigmoid_scores(predictor_or_node: Any) -> bool:
     """
     names = ("use_sigmoid_ce", "USE_SIGMOID_CE")
     return any(getattr(predictor_or_node, name, False) for name in names)
+
+
+def after_backward(trainer) -> None:
+    """Call the hooks between the gradients and the step, which main has."""
+    if hasattr(trainer, "after_backward"):
+        trainer.after_backward()
+
+
+def amp_precision(trainer) -> torch.dtype:
+    """The type that an ``AMPTrainer`` computes in: float16 in 0.6; main lets one choose."""
+    return getattr(trainer, "precision", torch.float16)
