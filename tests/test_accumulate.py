@@ -46,8 +46,8 @@ def batches(size, number=5):
 
 
 def clipped(optimizer_class):
-    options = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"]
-    options += ["full_model", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.05"]
+    options = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"]
+    options += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.05"]
     return maybe_add_gradient_clipping(load_config("", options), optimizer_class)
 
 

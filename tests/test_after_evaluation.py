@@ -8,10 +8,12 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import trainer_state
 from balanced_d2.config.checks import check_config
+from balanced_d2.config.resume import changes
 from balanced_d2.engine.after_evaluation import EarlyStopping
 from balanced_d2.utils.errors import StopTraining, UserError
 
@@ -220,6 +222,21 @@ def test_settings_that_cannot_be(options, message):
     base = ["DATASETS.TEST", "('x',)", "TEST.EVAL_PERIOD", "5"]
     with pytest.raises(UserError, match=message):
         check_config(load_config(str(ROOT / TINY_CONFIG), [*base, *options]), train=True)
+
+
+def test_settings_may_change_when_a_training_is_resumed():
+    options = [
+        *("SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "0.9", "SOLVER.ACCUMULATE", "2"),
+        *("SOLVER.EARLY_STOPPING.PATIENCE", "2", "TEST.BEST_CHECKPOINT.METRIC", "bbox/AP"),
+        *("MLFLOW.ENABLED", "True"),
+    ]
+    found = changes(load_config("").dump(), load_config("", options))
+    assert set(found.applied) == set(options[::2]) and not found.refused
+    # A training of before these keys has them off.
+    before = yaml.safe_load(load_config("").dump())
+    for section, key in (("SOLVER", "EMA"), ("SOLVER", "ACCUMULATE"), ("TEST", "BEST_CHECKPOINT")):
+        del before[section][key]
+    assert not changes(yaml.safe_dump(before), load_config("")).applied
 
 
 # As users call it

@@ -497,10 +497,34 @@ def test_ddp_arguments_reach_ddp(monkeypatch, tmp_path, lazy_data, tiny_coco):
     assert given == expected
 
 
-def test_moving_averages_of_a_lazy_config_are_refused(tiny_coco, tmp_path):
-    lazy = lazy_of(tiny_coco, tmp_path, "train.model_ema={enabled: true}")
-    with pytest.raises(UserError, match="train.model_ema.enabled is True"):
-        trainer_config(lazy)
+def test_what_train_of_a_lazy_config_may_have(lazy_data, tiny_coco, tmp_path):
+    """Its values are those of the keys that YAML configs have, and work as they do."""
+    lazy = lazy_of(
+        tiny_coco,
+        tmp_path,
+        *("train.model_ema={enabled: true, decay: 0.5}", "train.accumulate=2"),
+        *("train.early_stopping={patience: 1}", "train.best_checkpoint={metric: bbox/AP}"),
+        *("train.eval_period=2", "dataloader.train.total_batch_size=2", "train.max_iter=8"),
+    )
+    lazy.model = {"_target_": f"{__name__}.Small", "num_classes": 2, "input_format": "BGR"}
+    cfg = trainer_config(lazy)
+    assert (cfg.SOLVER.EMA.DECAY, cfg.SOLVER.ACCUMULATE) == (0.5, 2)
+    assert cfg.SOLVER.EARLY_STOPPING.METRIC == "bbox/AP" and not cfg.WANDB.ENABLED
+
+    class Trainer(LazyTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP": 1.0}}
+
+    Trainer(cfg).train()
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 3  # after the second evaluation
+    assert final["model_ema"]["num_updates"] == 4
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 1
+    assert final["trainer"]["loader"]["position"] == 4
+
+    with pytest.raises(UserError, match="train.model_ema has no device, only enabled, decay"):
+        trainer_config(lazy_of(tiny_coco, tmp_path, "train.model_ema={device: cpu}"))
 
 
 def test_the_evaluator_of_a_lazy_config(lazy_data, tiny_coco, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
-from detectron2.engine.train_loop import TrainerBase
+from detectron2.engine.train_loop import SimpleTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
@@ -57,6 +57,9 @@ class BalancedTrainer(DefaultTrainer):
         UserError: if the output folder is not writable or has no room for a checkpoint.
     """
 
+    start_iter: int
+    _trainer: SimpleTrainer
+
     def __init__(self, cfg):
         if self.build_evaluator.__qualname__ == BalancedTrainer.build_evaluator.__qualname__:
             for name in cfg.DATASETS.TEST:
@@ -79,6 +82,7 @@ class BalancedTrainer(DefaultTrainer):
     def build_hooks(self):
         ema = self.cfg.SOLVER.EMA
         self.averaged = AveragedWeights(_unwrapped(self.model), ema.DECAY) if ema.ENABLED else None
+        parts: Dict[str, Any] = {AVERAGED: self.averaged} if self.averaged else {}
         # Replaces the one that DefaultTrainer has just created.
         self.checkpointer = BalancedCheckpointer(
             self._trainer.model,
@@ -87,7 +91,7 @@ class BalancedTrainer(DefaultTrainer):
             config=self.cfg.dump(),
             gray_range=self.cfg.INPUT.GRAY_RANGE,
             trainer=weakref.proxy(self),
-            **({AVERAGED: self.averaged} if self.averaged else {}),
+            **parts,
         )
         built = [
             ResumablePreciseBN(
