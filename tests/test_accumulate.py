@@ -105,10 +105,18 @@ def test_with_scaled_gradients():
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12)
 
-        data = batches(6)
-        data[1][5] = data[1][5] * float("inf")  # tanh keeps the loss finite, but not its gradient
-        _, _, steps = train(3, data=data, make=AMPTrainer, grad_scaler=scaler)
-        assert steps == 4 and scaler.get_scale() == 2
+        calls = []
+
+        def overflowing_once(model):
+            def overflow(gradient):
+                calls.append(1)
+                return gradient * float("inf") if len(calls) == 5 else gradient
+
+            model.layers[0].weight.register_hook(overflow)
+            return model
+
+        _, _, steps = train(3, wrap=overflowing_once, make=AMPTrainer, grad_scaler=scaler)
+        assert len(calls) == 15 and steps == 4 and scaler.get_scale() == 2
 
 
 def _in_two_processes(rank, address, queue):

@@ -1,5 +1,6 @@
 """The best checkpoint and early stopping, in trainings that are killed and resumed."""
 
+import argparse
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from balanced_d2 import load_config
 from balanced_d2.checkpoint import trainer_state
 from balanced_d2.config.checks import check_config
 from balanced_d2.config.resume import changes
+from balanced_d2.engine import config_from
 from balanced_d2.engine.after_evaluation import EarlyStopping
 from balanced_d2.utils.errors import StopTraining, UserError
 
@@ -283,6 +285,10 @@ def test_weights_that_are_called_best(stopped, tiny_coco, tmp_path, train_net_he
     assert result.returncode == 0, result.stderr
     assert f"MODEL.WEIGHTS best: {output / 'model_best.pth'}" in result.stdout
     assert json.loads(detections.read_text()) is not None
+    # Demo, export and the other programs begin like this.
+    args = argparse.Namespace(config_file=str(output / "config.yaml"), register=[], opts=best)
+    args.opts += ["OUTPUT_DIR", str(output)]
+    assert config_from(args).MODEL.WEIGHTS == str(output / "model_best.pth")
     elsewhere = arguments(tiny_coco, tmp_path / "none", *REAL, *best)
     assert_user_error(
         train_net_here("--eval-only", *elsewhere), "there is no", "TEST.BEST_CHECKPOINT.METRIC"

@@ -47,7 +47,7 @@ def test_a_yaml_config(tiny_coco, tmp_path, temporary, train_net_here):
     more += ["SOLVER.EARLY_STOPPING.PATIENCE", "1", "SOLVER.ACCUMULATE", "2"]
     result = train_net_here(*options(tiny_coco, output, *more))
     assert result.returncode == 0, result.stderr
-    assert_forecast(result.stdout, 3000, 6, 4)
+    assert_forecast(result.stdout, 3000, 6, 5)
     assert "evaluating 4 batch(es) of tried" in result.stdout
     assert not output.exists() and not list(temporary.iterdir())
 

@@ -107,10 +107,10 @@ def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:
             num_evaluations(number, cfg.TEST.EVAL_PERIOD) if cfg.DATASETS.TEST else 0,
             _memory(cfg),
             size_of_checkpoint(trainer),
-            number // cfg.SOLVER.CHECKPOINT_PERIOD + 1,
+            number // cfg.SOLVER.CHECKPOINT_PERIOD + 1 + bool(cfg.TEST.BEST_CHECKPOINT.METRIC),
         )
+        comm.synchronize()  # the others may still use the folder
     finally:
-        comm.synchronize()
         if comm.is_main_process():
             shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
     spread = f"{min(times):.3g} to {max(times):.3g} s"
