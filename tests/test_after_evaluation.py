@@ -286,9 +286,12 @@ def test_weights_that_are_called_best(stopped, tiny_coco, tmp_path, train_net_he
     assert f"MODEL.WEIGHTS best: {output / 'model_best.pth'}" in result.stdout
     assert json.loads(detections.read_text()) is not None
     # Demo, export and the other programs begin like this.
-    args = argparse.Namespace(config_file=str(output / "config.yaml"), register=[], opts=best)
-    args.opts += ["OUTPUT_DIR", str(output)]
-    assert config_from(args).MODEL.WEIGHTS == str(output / "model_best.pth")
+    args = argparse.Namespace(
+        config_file=str(output / "config.yaml"),
+        register=[],
+        opts=[*best, "OUTPUT_DIR", str(output)],
+    )
+    assert str(output / "model_best.pth") == config_from(args).MODEL.WEIGHTS
     elsewhere = arguments(tiny_coco, tmp_path / "none", *REAL, *best)
     assert_user_error(
         train_net_here("--eval-only", *elsewhere), "there is no", "TEST.BEST_CHECKPOINT.METRIC"
