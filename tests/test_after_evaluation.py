@@ -300,14 +300,18 @@ def test_weights_that_are_called_best(stopped, tiny_coco, tmp_path, train_net_he
 
 @needs_localhost
 @pytest.mark.slow
-def test_several_processes_stop_together(stopped, tiny_coco, tmp_path):
+def test_several_processes_stop_together(tiny_coco, tmp_path):
+    """With averaged weights and gradients that accumulate."""
     output = tmp_path / "output"
-    returncode, text = finish(arguments(tiny_coco, output, *REAL), TORCHRUN, env=ONE_THREAD)
+    options = (*REAL, "SOLVER.EMA.ENABLED", "True", "SOLVER.IMS_PER_BATCH", "4")
+    options += ("SOLVER.ACCUMULATE", "2")
+    returncode, text = finish(arguments(tiny_coco, output, *options), TORCHRUN, env=ONE_THREAD)
     assert returncode == 0, text
     assert "stopped early after iteration 5" in text
-    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 5
+    final = torch.load(output / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 5 and final["model_ema"]["num_updates"] == 6
     returncode, text = finish(
-        ["--resume", *arguments(tiny_coco, output, *REAL)], TORCHRUN, env=ONE_THREAD
+        ["--resume", *arguments(tiny_coco, output, *options)], TORCHRUN, env=ONE_THREAD
     )
     assert returncode == 0, text
     assert "has been stopped early" in text and "Starting training" not in text

@@ -17,10 +17,8 @@ from balanced_d2.engine.averaging import AveragedWeights, AverageWeights
 from balanced_d2.modeling.fold_norm import fold_norm
 from balanced_d2.utils.errors import UserError
 
-from .conftest import ROOT, TINY_CONFIG, Killed, Small, needs_localhost
+from .conftest import ROOT, TINY_CONFIG, Killed, Small
 from .test_reliability import (
-    ONE_THREAD,
-    TORCHRUN,
     arguments,
     assert_same_weights,
     finish,
@@ -249,13 +247,3 @@ def test_evaluation_repeats_that_of_the_training(averaged, tiny_coco, tmp_path, 
         assert result.returncode == 0, result.stderr
     assert detections(averaged) == detections(tmp_path / "same")
     assert detections(averaged) != detections(tmp_path / "trained")
-
-
-@needs_localhost
-@pytest.mark.slow
-def test_in_several_processes(tiny_coco, tmp_path):
-    output = tmp_path / "output"
-    options = (*REAL, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "3")
-    returncode, text = finish(arguments(tiny_coco, output, *options), TORCHRUN, env=ONE_THREAD)
-    assert returncode == 0, text
-    assert read(output)["model_ema"]["num_updates"] == 3
