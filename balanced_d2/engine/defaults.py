@@ -8,7 +8,6 @@ from detectron2.engine import default_argument_parser, default_setup
 from balanced_d2.config import load_config
 from balanced_d2.config.checks import check_weights, drop_late_steps, find_best_weights
 from balanced_d2.config.lazy import (
-    LazyCfgNode,
     as_read,
     is_lazy,
     keys_set_by_hand,
