@@ -55,7 +55,7 @@ setup: $(READY)
 check-fresh:
 	$(PYTHON) tools/check_fresh.py
 
-$(READY): requirements.txt setup.cfg pyproject.toml $(INSTALLATION)
+$(READY): requirements.txt setup.cfg setup.py pyproject.toml $(INSTALLATION)
 	$(PYTHON) balanced_d2/installation/set_up.py --venv $(VENV) --pip-args='$(PIP_ARGS)'
 
 clean:

@@ -1,45 +1,10 @@
 #!/usr/bin/env python3
-"""Train and evaluate a detector with balanced learning.
-
-Takes Detectron2's usual arguments, with a YAML config or a LazyConfig, and --register for datasets
-in COCO format.
-"""
+"""Train and evaluate a detector: the same as ``balanced-d2 train``."""
 
 import sys
 
-# First, so that importing Detectron2 is quiet.
-from balanced_d2.checkpoint import BalancedCheckpointer
-from balanced_d2.engine import argument_parser, dry_run, run, setup, trainer_for
-
-# isort: split
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-
-
-def main(args):
-    cfg = setup(args)
-    trainer_class = trainer_for(cfg)
-
-    if args.eval_only:
-        model = trainer_class.build_model(cfg)
-        averaged = cfg.SOLVER.EMA.ENABLED
-        BalancedCheckpointer(model, save_dir=cfg.OUTPUT_DIR, averaged=averaged).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        results = trainer_class.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results.update(trainer_class.test_with_TTA(cfg, model))
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-
-    if args.dry_run:
-        return dry_run(trainer_class, cfg)
-
-    trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
+from balanced_d2.commands.train import main, parse_args
+from balanced_d2.engine import run
 
 if __name__ == "__main__":
-    sys.exit(run(main, argument_parser().parse_args()))
+    sys.exit(run(main, parse_args()))

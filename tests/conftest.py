@@ -23,11 +23,10 @@ from detectron2.utils.logger import _cached_log_stream, setup_logger
 from iopath.common.file_io import file_lock
 from torch import nn
 
-import balanced_d2  # noqa: F401  # registration
 from balanced_d2 import load_config
 from balanced_d2.config.checks import check_config
 from balanced_d2.data import register_coco
-from balanced_d2.engine import BalancedTrainer
+from balanced_d2.engine import BalancedTrainer  # which registers everything
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, with their subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"

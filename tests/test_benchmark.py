@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 
+import balanced_d2.commands.benchmark
 from balanced_d2.modeling import FeatureBalancer
 
-from .conftest import assert_user_error, load_tool, run_program
+from .conftest import assert_user_error, run_program
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return load_tool("benchmark")
+    return balanced_d2.commands.benchmark
 
 
 def test_runs_on_tiny_sizes(tmp_path):

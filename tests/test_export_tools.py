@@ -16,8 +16,9 @@ from PIL import Image
 
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import load_weights
+from balanced_d2.commands import export_model
 from balanced_d2.data.datasets.shapes import CLASSES
-from balanced_d2.export import Comparison
+from balanced_d2.export import Comparison, run_exported
 from balanced_d2.export.verify import Detections
 from balanced_d2.utils.errors import UserError, report_user_errors
 
@@ -284,7 +285,7 @@ def test_masks_and_keypoints(run_here, tmp_path):
 
 
 def test_pasted_masks_are_detectron2s():
-    runner, rng = load_tool("run_exported"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     corners, sides = rng.uniform(0, 60, (30, 2)), rng.uniform(0.5, 60, (30, 2))
     boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
     coarse = torch.from_numpy(rng.random((30, 1, 4, 4), dtype=np.float32))
@@ -293,18 +294,17 @@ def test_pasted_masks_are_detectron2s():
     different = 0
     for box, mask, expected in zip(boxes, masks.numpy(), bitmasks.numpy()):
         whole = np.zeros_like(expected)
-        pasted, (x, y) = runner.paste(mask, box)
+        pasted, (x, y) = run_exported.paste(mask, box)
         whole[y : y + pasted.shape[0], x : x + pasted.shape[1]] = pasted
         different += (whole != expected).sum()
     assert different < 0.01 * bitmasks.sum()
 
 
 def test_outlines_go_through_the_centres_of_pixels():
-    runner = load_tool("run_exported")
     mask = np.zeros((28, 28), np.float32)
     mask[:14] = 1  # the upper half, and one more point
     mask[20, 20] = 1
-    (outline,) = runner.outlines(mask, np.array([10, 20, 38, 48], np.float32))
+    (outline,) = run_exported.outlines(mask, np.array([10, 20, 38, 48], np.float32))
     points = np.reshape(outline, (-1, 2))
     assert (points.min(axis=0).tolist(), points.max(axis=0).tolist()) == (
         [10.5, 20.5],
@@ -346,7 +346,6 @@ def test_threshold(exports, demo, run_here):
 
 
 def test_verification_finds_a_model_that_is_not_equal(exports, demo, capsys):
-    tool = load_tool("export_model")
     cfg = load_config(DEMO_CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "5"])
     model = build_model(cfg).eval()
     load_weights(model, str(demo / "output" / "model_final.pth"))
@@ -355,7 +354,7 @@ def test_verification_finds_a_model_that_is_not_equal(exports, demo, capsys):
     file, _ = exports["tracing"]
     images = [torch.from_numpy(np.asarray(example_image(demo)).transpose(2, 0, 1).copy())]
     with pytest.raises(SystemExit) as stopped:
-        tool.verify(model, str(file), images, "torchscript")
+        export_model.verify(model, str(file), images, "torchscript")
     assert "is not equal to the model; the file is kept" in stopped.value.code
     assert "DIFFERENT" in capsys.readouterr().out
     assert file.is_file()

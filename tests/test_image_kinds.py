@@ -17,16 +17,18 @@ from PIL import Image, ImageFont
 
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import read_contents
+from balanced_d2.commands import detect
 from balanced_d2.data import check_datasets, image, register_coco
 from balanced_d2.data.checks.image_headers import Header
 from balanced_d2.data.gray_range import find_gray_range
 from balanced_d2.data.image import ImageError, read_image
 from balanced_d2.data.mapper import ImageMapper
+from balanced_d2.export import run_exported
 from balanced_d2.utils.errors import UserError
 from balanced_d2.visualization import fonts
 from balanced_d2.visualization.fonts import use_font_for
 
-from .conftest import TINY_MODEL, assert_user_error, load_tool, run_program
+from .conftest import TINY_MODEL, assert_user_error, run_program
 
 NAME = "kinds"
 TEST_SET = ("DATASETS.TEST", f"('{NAME}',)")
@@ -42,7 +44,7 @@ def unregister():
 
 @pytest.fixture(scope="module")
 def runner():
-    return load_tool("run_exported")
+    return run_exported
 
 
 def read_by(runner, path, gray_range=None):
@@ -339,7 +341,6 @@ def test_charts_write_names_as_they_are(tmp_path):
 
 
 def test_the_demo_takes_a_path_for_that_file(tmp_path):
-    demo = load_tool("demo", ".")
     for name in ("a[1].jpg", "a1.jpg", "b*.jpg", "b2.jpg"):
         (tmp_path / name).touch()
     for given, found in (
@@ -347,7 +348,7 @@ def test_the_demo_takes_a_path_for_that_file(tmp_path):
         ("b*.jpg", ["b*.jpg"]),
         ("a?.jpg", ["a1.jpg"]),
     ):
-        sources = demo.list_sources([str(tmp_path / given)], None)
+        sources = detect.list_sources([str(tmp_path / given)], None)
         assert [source.path for source in sources] == [str(tmp_path / name) for name in found]
 
 

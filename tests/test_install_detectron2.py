@@ -66,7 +66,7 @@ def test_package_without_detectron2_names_the_installer(bare_python):
         cwd=ROOT,
     )
     assert result.returncode != 0
-    assert "run: python tools/install_detectron2.py" in result.stderr.splitlines()[-1]
+    assert "run: balanced-d2 install-detectron2" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

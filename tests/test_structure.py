@@ -16,6 +16,8 @@ LEVELS = (
     {"evaluation", "analysis", "export"},
     {"visualization"},
     {"engine"},
+    {"detection", "model_zoo"},
+    {"commands"},
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 APART = {"installation"}  # runs before the package can be imported
@@ -33,7 +35,8 @@ def imports(file: Path):
 
 
 def parts_of_imports(part: str):
-    for file in sorted((PACKAGE / part).rglob("*.py")):
+    files = [*(PACKAGE / part).rglob("*.py"), *PACKAGE.glob(f"{part}.py")]
+    for file in sorted(files):
         for name in imports(file):
             package, _, rest = name.partition(".")
             if package == "balanced_d2" and rest:
@@ -42,6 +45,7 @@ def parts_of_imports(part: str):
 
 def test_every_part_has_a_level():
     parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    parts |= {path.stem for path in PACKAGE.glob("[!_]*.py")}
     assert parts == LEVEL.keys() | APART
 
 
@@ -51,9 +55,11 @@ def test_parts_import_only_from_lower_levels():
             assert imported == part or LEVEL[imported] < level, f"{file} imports {imported}"
 
 
-def test_the_installation_imports_nothing_of_the_package():
+def test_what_runs_alone_imports_nothing_of_the_package():
     for part in APART:
         assert not list(parts_of_imports(part))
+    runner = PACKAGE / "export" / "run_exported.py"
+    assert not [name for name in imports(runner) if name.startswith("balanced_d2")]
 
 
 def test_layers_need_no_detectron2():
@@ -73,4 +79,4 @@ def test_the_package_without_detectron2():
     for part in ("checkpoint", "config", "data", "engine", "modeling"):
         result = run_program("-W", "error", "-c", program.format(part))
         message = result.stderr.splitlines()[-1]
-        assert "Detectron2 is not installed; run: python tools/install_detectron2.py" in message
+        assert "Detectron2 is not installed; run: balanced-d2 install-detectron2" in message

@@ -1,41 +1,10 @@
 #!/usr/bin/env python3
-"""Turn a Libra R-CNN checkpoint of MMDetection into one for configs/MMDetection/libra_*.yaml.
+"""Convert a Libra R-CNN of MMDetection: the same as ``balanced-d2 convert-mmdet``."""
 
-Nothing that is pickled in the checkpoint is run, and MMDetection is not needed.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-# First, so that importing Detectron2 is quiet.
-from balanced_d2.checkpoint import conversion, mmdet
-from balanced_d2.checkpoint.unpickle import load_inert
-from balanced_d2.config import load_config
-from balanced_d2.utils.errors import UserError, report_user_errors
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "MMDetection"
-
-
-def main(args: argparse.Namespace) -> None:
-    checkpoint = load_inert(args.checkpoint)
-    conversion.check_output(args.checkpoint, args.output)
-    try:
-        state = conversion.state_dict_of(checkpoint)
-        recognised = mmdet.recognise(state)
-        cfg = load_config(str(CONFIGS / recognised.config), recognised.options)
-        converted = mmdet.convert(state, recognised, cfg)
-    except UserError as error:
-        raise UserError(f"{args.checkpoint}: {error}") from error
-    conversion.write(converted, recognised, args.output)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT.pth", help="of MMDetection")
-    parser.add_argument("output", metavar="OUTPUT.pth")
-    return parser.parse_args()
-
+from balanced_d2.commands.convert_mmdet_weights import main, parse_args
+from balanced_d2.utils.errors import report_user_errors
 
 if __name__ == "__main__":
     sys.exit(report_user_errors(main, parse_args()))

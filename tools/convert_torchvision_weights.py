@@ -1,54 +1,10 @@
 #!/usr/bin/env python3
-"""Convert a COCO detector of torchvision for configs/Torchvision/*.yaml.
+"""Convert a COCO detector of torchvision: the same as ``balanced-d2 convert-torchvision``."""
 
-No pickled code in a checkpoint is run.
-"""
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-# First, so that importing Detectron2 is quiet.
-from balanced_d2.checkpoint import conversion, torchvision
-from balanced_d2.checkpoint.unpickle import load_inert
-from balanced_d2.config import load_config
-from balanced_d2.utils.errors import UserError, report_user_errors
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "Torchvision"
-
-
-def main(args: argparse.Namespace) -> None:
-    is_file = os.path.exists(args.weights) or args.weights.endswith((".pth", ".pt"))
-    checkpoint = load_inert(args.weights) if is_file else torchvision.download(args.weights)
-    conversion.check_output(args.weights, args.output)
-    try:
-        state = conversion.state_dict_of(checkpoint, "model")
-        recognised = torchvision.recognise(state, args.epsilon)
-        cfg = load_config(str(CONFIGS / recognised.config), recognised.options)
-        converted = torchvision.convert(state, recognised, cfg)
-    except UserError as error:
-        raise UserError(f"{args.weights}: {error}") from error
-    conversion.write(converted, recognised, args.output)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "weights",
-        metavar="WEIGHTS",
-        help="a file with a state dict, or weights that torchvision downloads, such as "
-        "FasterRCNN_ResNet50_FPN_Weights.COCO_V1",
-    )
-    parser.add_argument("output", metavar="OUTPUT.pth")
-    parser.add_argument(
-        "--epsilon",
-        type=float,
-        help="of the model's batch norm, if it is not that of the published weights: 1e-5 for a "
-        "version 1 that was trained with frozen batch norm from ImageNet weights only",
-    )
-    return parser.parse_args()
-
+from balanced_d2.commands.convert_torchvision_weights import main, parse_args
+from balanced_d2.utils.errors import report_user_errors
 
 if __name__ == "__main__":
     sys.exit(report_user_errors(main, parse_args()))

@@ -1,101 +1,10 @@
 #!/usr/bin/env python3
-"""Write a trained detector as one TorchScript or ONNX file, and verify that it is equal.
+"""Write a trained detector as one file: the same as ``balanced-d2 export``."""
 
-The file is DIR/model.ts or DIR/model.onnx. tools/run_exported.py runs either, without Detectron2.
-"""
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-# First, so that importing Detectron2 is quiet.
-import balanced_d2.export as export
-from balanced_d2.checkpoint import load_weights, read_contents
-from balanced_d2.config.checks import check_weights
-from balanced_d2.engine import add_model_arguments, config_from
-from balanced_d2.utils.errors import UserError, report_user_errors
-
-# isort: split
-from detectron2.modeling import build_model
-
-RUNNER = Path(__file__).with_name("run_exported.py")
-EXTENSIONS = {"torchscript": "ts", "onnx": "onnx"}
-
-
-def main(args: argparse.Namespace) -> None:
-    if args.method == "scripting":
-        raise UserError(
-            "--method scripting was retired, since PyTorch has deprecated scripting; leave it out: "
-            "every model can be exported by tracing"
-        )
-    cfg = config_from(args)
-    cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
-    check_weights(cfg, "export")
-    path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
-    export.check_writable(path)
-    metadata = export.describe(cfg, read_contents(cfg.MODEL.WEIGHTS).class_names)
-    example, *images = export.sample_images(cfg, args.sample_image)
-    model = build_model(cfg).eval()
-    export.check_exportable(model, args.format)
-    load_weights(model, cfg.MODEL.WEIGHTS, averaged=cfg.SOLVER.EMA.ENABLED)
-
-    if args.format == "onnx":
-        export.export_onnx(model, example, path, metadata)
-    else:
-        print(
-            "note: PyTorch has deprecated TorchScript in favour of torch.export; see docs/export.md"
-        )
-        export.export_torchscript(model, example, path, metadata)
-    print(f"written by tracing: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
-    if args.verify:
-        verify(model, path, images, args.format)
-
-
-def verify(model, path, images, format):
-    try:
-        comparisons = export.verify(model, path, images, format, str(RUNNER))
-    except RuntimeError as error:
-        sys.exit(f"error: {error} (the file is kept)")
-    print(export.table(comparisons))
-    if not all(comparison.agrees for comparison in comparisons):
-        sys.exit(f"error: {path} is not equal to the model; the file is kept")
-    if not any(len(comparison.eager.boxes) for comparison in comparisons):
-        print("note: nothing was detected, so little was compared; choose another --sample-image")
-    boxes, scores = export.TOLERANCES[format]
-    parts = [f"boxes within {boxes:g} px", f"scores within {scores:g}"]
-    for name in comparisons[0].eager.additional:
-        tolerance = export.ADDITIONAL_TOLERANCES[format][name]
-        if name == "masks":
-            parts.append(f"masks within {tolerance[0]:g}")
-        else:
-            parts.append(f"keypoints within {tolerance[0]:g} px and scores of {tolerance[-1]:g}")
-    print(f"equal: {', '.join(parts)}, classes in the same order")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--format", choices=EXTENSIONS, default="torchscript")
-    # From the time when there was a choice: commands of then still run.
-    parser.add_argument(
-        "--method", choices=("tracing", "scripting"), default="tracing", help=argparse.SUPPRESS
-    )
-    parser.add_argument(
-        "--sample-image",
-        default="",
-        metavar="FILE",
-        help="to trace and verify with (default: the first image of DATASETS.TEST)",
-    )
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run the file in a fresh process and compare it with the model",
-    )
-    add_model_arguments(parser)
-    return parser.parse_args()
-
+from balanced_d2.commands.export_model import main, parse_args
+from balanced_d2.utils.errors import report_user_errors
 
 if __name__ == "__main__":
     sys.exit(report_user_errors(main, parse_args()))

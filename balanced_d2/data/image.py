@@ -45,13 +45,51 @@ def read_image(
         with PathManager.open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                image.load()  # first, because it rotates a TIFF itself
-                upright = detection_utils._apply_exif_orientation(image)
-                if is_deep(image):
-                    upright = Image.fromarray(_to_8_bits(np.asarray(upright), gray_range))
-                return detection_utils.convert_PIL_to_numpy(upright, format)
+                return _pixels_of(image, format, gray_range)
     except READ_ERRORS as error:
         raise ImageError(f"cannot read the {what} {path}: {reason_of(error)}") from error
+
+
+def take_image(
+    image: np.ndarray | Image.Image, what: str = "the image", gray_range: Optional[float] = None
+) -> np.ndarray:
+    """An image that has been read already, as :func:`read_image` gives it in BGR.
+
+    Args:
+        image: of Pillow, or an array: uint8 of shape (H, W, 3), BGR as OpenCV reads it, or with
+            alpha as the fourth channel, which is ignored; or gray of shape (H, W), of any type.
+        what: what the message calls the image.
+        gray_range: as for :func:`read_image`.
+
+    Returns:
+        uint8, shape (H, W, 3). An array that has this form is not copied.
+
+    Raises:
+        ImageError: if it is not such an image.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return _pixels_of(image, "BGR", gray_range)
+        if not image.size:
+            raise ValueError("it is empty")
+        if image.ndim == 2:
+            gray = image if image.dtype == np.uint8 else _to_8_bits(image, gray_range)
+            return np.repeat(gray[:, :, None], 3, axis=2)
+        if image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
+            raise ValueError(
+                f"it is {image.dtype} of shape {image.shape}, not uint8 of shape (H, W, 3)"
+            )
+        return image[:, :, :3]
+    except READ_ERRORS as error:
+        raise ImageError(f"cannot take {what}: {reason_of(error)}") from error
+
+
+def _pixels_of(image: Image.Image, format: str, gray_range: Optional[float]) -> np.ndarray:
+    image.load()  # first, because it rotates a TIFF itself
+    upright = detection_utils._apply_exif_orientation(image)
+    if is_deep(image):
+        upright = Image.fromarray(_to_8_bits(np.asarray(upright), gray_range))
+    return detection_utils.convert_PIL_to_numpy(upright, format)
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Everything before training or evaluation starts: arguments, config, log, device."""
 
 import argparse
+from typing import Sequence, Type
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -13,6 +14,7 @@ from balanced_d2.config.lazy import (
     keys_set_by_hand,
     read_config,
 )
+from balanced_d2.config.zoo import find_config
 from balanced_d2.data.adapted import adapt
 from balanced_d2.data.class_balance import take_class_balance
 from balanced_d2.data.classes import set_num_classes
@@ -50,9 +52,13 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config-file``, ``--register`` and ``KEY VALUE`` pairs, for :func:`config_from`."""
-    parser.add_argument("--config-file", required=True, metavar="FILE.yaml")
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """``--config-file``, ``--register`` and ``KEY VALUE`` pairs, for :func:`config_from`.
+
+    Args:
+        required: whether there has to be a ``--config-file``.
+    """
+    parser.add_argument("--config-file", required=required, metavar="FILE.yaml")
     add_register_argument(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options"
@@ -60,8 +66,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> CfgNode:
-    """Register the user's datasets and load the config, for programs that do not train. Its number
-    of classes is that of its weights, and so is the range of gray images, where it is not set.
+    """Register the user's datasets and load the config, as :func:`trained_config` does, for
+    programs that do not train.
 
     Args:
         args: parsed with :func:`add_model_arguments`.
@@ -69,17 +75,32 @@ def config_from(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: on anything in them that the user can fix.
     """
-    if is_lazy(args.config_file):
+    register_from(args)
+    return trained_config(args.config_file, args.opts)
+
+
+def trained_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The config of a trained model: its number of classes is that of its weights, and so is the
+    range of gray images, where it is not set.
+
+    Args:
+        config_file: the path of a YAML config, or its name in the model zoo.
+        opts: ``KEY VALUE`` pairs.
+
+    Raises:
+        UserError: on anything in them that the user can fix.
+    """
+    config_file = find_config(config_file)
+    if is_lazy(config_file):
         raise UserError(
-            f"config file {args.config_file}: a LazyConfig can be trained and evaluated, but this "
+            f"config file {config_file}: a LazyConfig can be trained and evaluated, but this "
             "program needs a YAML config"
         )
-    register_from(args)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(config_file, opts)
     find_best_weights(cfg)
     check_weights(cfg)
     weights = contents_of(cfg.MODEL.WEIGHTS)
-    take_num_classes(cfg, weights, keys_set_by_hand(args.config_file, args.opts), cfg.MODEL.WEIGHTS)
+    take_num_classes(cfg, weights, keys_set_by_hand(config_file, opts), cfg.MODEL.WEIGHTS)
     take_gray_range(cfg, weights)
     take_class_balance(cfg, weights.config, weights.class_names)
     return cfg
@@ -109,6 +130,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         other = "--resume" if args.resume else "--eval-only"
         raise UserError(f"--dry-run is for a training that begins: leave {other} out")
     register_from(args)
+    args.config_file = find_config(args.config_file)
     cfg = read_config(args.config_file, args.opts)
     with early_log() as records:
         find_best_weights(cfg)

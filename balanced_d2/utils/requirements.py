@@ -12,7 +12,7 @@ try:
     import detectron2
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "Detectron2 is not installed; run: python tools/install_detectron2.py", name="detectron2"
+        "Detectron2 is not installed; run: balanced-d2 install-detectron2", name="detectron2"
     ) from error
 
 try:

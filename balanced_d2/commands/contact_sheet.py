@@ -1,0 +1,39 @@
+"""Draw detections beside the ground truth of a dataset, as one PNG."""
+
+import argparse
+import os
+
+import cv2
+
+from balanced_d2.data import add_register_argument, check_registered, register_from
+from balanced_d2.evaluation.predictions import add_predictions_argument, load_predictions
+from balanced_d2.utils.errors import UserError
+from balanced_d2.visualization import draw_contact_sheet
+
+
+def main(args: argparse.Namespace) -> None:
+    register_from(args)
+    check_registered(args.dataset)
+    sheet = draw_contact_sheet(
+        args.dataset, load_predictions(args.predictions), args.num_images, args.threshold
+    )
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    if not cv2.imwrite(args.output, sheet):
+        raise UserError(f"cannot write {args.output}")
+    print(f"contact sheet: {args.output}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_predictions_argument(parser)
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered dataset")
+    parser.add_argument("--output", required=True, metavar="FILE.png")
+    parser.add_argument("--num-images", type=int, default=12, metavar="N")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="minimum score of a detection to be drawn",
+    )
+    add_register_argument(parser)
+    return parser.parse_args()

@@ -1,0 +1,123 @@
+"""What a detector runs: a model of Detectron2 or an exported file."""
+
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Protocol, Sequence
+
+import numpy as np
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from balanced_d2.export import run_exported
+from balanced_d2.utils.errors import UserError
+
+
+class Network(Protocol):
+    """Finds objects in images of one size.
+
+    Attributes:
+        metadata: with ``thing_classes``, the names of the classes.
+        gray_range: for :func:`balanced_d2.data.image.read_image`.
+    """
+
+    metadata: Metadata
+    gray_range: Optional[float]
+
+    def __call__(self, images: Sequence[np.ndarray]) -> List[Instances]:
+        """
+        Args:
+            images: uint8, each of the same shape (H, W, 3), BGR.
+
+        Returns:
+            The detections in each, in its pixels, on the CPU, from the highest score down.
+        """
+
+
+class TrainedModel:
+    """A model of Detectron2; see :class:`Network`.
+
+    Args:
+        predictor: of :func:`balanced_d2.engine.build_predictor`.
+    """
+
+    def __init__(self, predictor: DefaultPredictor):
+        self._predictor = predictor
+        self.metadata: Metadata = predictor.metadata
+        self.gray_range: Optional[float] = predictor.cfg.INPUT.GRAY_RANGE or None
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> List[Instances]:
+        outputs = self._predictor.model([self._input(image) for image in images])
+        return [output["instances"].to("cpu") for output in outputs]
+
+    def _input(self, image: np.ndarray) -> dict:
+        """As the predictor makes it, which takes a single image."""
+        height, width = image.shape[:2]
+        if self._predictor.input_format == "RGB":
+            image = image[:, :, ::-1]
+        image = self._predictor.aug.get_transform(image).apply_image(image)
+        tensor = torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
+
+
+class ExportedModel:
+    """A file of ``balanced-d2 export``; see :class:`Network`.
+
+    The formats are those of :class:`balanced_d2.export.run_exported.ExportedDetector`.
+
+    Args:
+        path: the file.
+        device: as PyTorch names it, for formats that run on others than the CPU.
+        threshold: the score that a detection has to exceed; None: that of the export.
+
+    Raises:
+        UserError: if the file cannot be loaded.
+    """
+
+    def __init__(self, path: str, device: str = "cpu", threshold: Optional[float] = None):
+        with _user_errors():
+            self._file = run_exported.ExportedDetector(path, device)
+        described = self._file.metadata
+        self.metadata = Metadata(thing_classes=described["class_names"])
+        self.gray_range: Optional[float] = described.get("gray_range") or None
+        self._threshold = -np.inf if threshold is None else threshold
+
+    def __call__(self, images: Sequence[np.ndarray]) -> List[Instances]:
+        return [self._detect(image) for image in images]  # an exported model takes one image
+
+    def _detect(self, image: np.ndarray) -> Instances:
+        picture = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        array = self._file.preprocess(picture)
+        outputs, _ = run_exported.in_pixels_of(picture, array, self._file(array))
+        chosen = outputs["scores"] > self._threshold
+        outputs = {name: value[chosen] for name, value in outputs.items()}
+        detections = Instances(image.shape[:2])
+        detections.pred_boxes = Boxes(torch.from_numpy(outputs["boxes"]))
+        detections.scores = torch.from_numpy(outputs["scores"])
+        detections.pred_classes = torch.from_numpy(outputs["classes"])
+        if "masks" in outputs:
+            detections.pred_masks = _pasted(outputs["masks"], outputs["boxes"], image.shape[:2])
+        if "keypoints" in outputs:
+            detections.pred_keypoints = torch.from_numpy(outputs["keypoints"])
+        return detections
+
+
+def _pasted(masks: np.ndarray, boxes: np.ndarray, size: Sequence[int]) -> torch.Tensor:
+    """Masks of probabilities in their boxes as bool of shape (N, H, W)."""
+    pasted = np.zeros((len(masks), *size), bool)
+    for whole, mask, box in zip(pasted, masks, boxes):
+        part, (x, y) = run_exported.paste(mask, box)
+        place = whole[y : y + part.shape[0], x : x + part.shape[1]]
+        place[:] = part[: place.shape[0], : place.shape[1]]
+    return torch.from_numpy(pasted)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    # The file that also runs alone has an error of its own.
+    try:
+        yield
+    except run_exported.UserError as error:
+        raise UserError(str(error)) from error
