@@ -1,7 +1,7 @@
 """Every command and every piece of Python in the README and the other pages is run unchanged.
 
 They run in order and in one folder, as for a reader: later pages use the README's results. Only
-training and measurements are shortened, by wrappers around `python` and `torchrun`.
+training and measurements are shortened, by wrappers around the programs.
 """
 
 import os
@@ -70,11 +70,12 @@ def reader(tmp_path_factory):
     programs.mkdir(parents=True)
     installed = Path(sys.executable).parent
     for path in installed.iterdir():
-        if path.name not in ("python", "torchrun"):
+        if path.name not in ("python", "torchrun", "balanced-d2"):
             (programs / path.name).symlink_to(path)
     for name, program in {
         "python": shlex.quote(sys.executable),
         "torchrun": f"{shlex.quote(sys.executable)} -m torch.distributed.run",
+        "balanced-d2": f"{shlex.quote(sys.executable)} -m balanced_d2",
     }.items():
         (programs / name).write_text(SHORT.format(program=program))
         (programs / name).chmod(0o755)

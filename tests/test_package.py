@@ -166,8 +166,8 @@ def test_a_config_is_found_by_path_or_name(tmp_path, monkeypatch):
 WITHOUT_DETECTRON2 = """
 import runpy, sys
 sys.modules["detectron2"] = None
-import balanced_d2, balanced_d2.layers
-assert "torch" in sys.modules and balanced_d2.__version__
+import balanced_d2
+assert balanced_d2.__version__
 sys.argv = ["balanced-d2", *sys.argv[1:]]
 runpy.run_module("balanced_d2", run_name="__main__", alter_sys=True)
 """

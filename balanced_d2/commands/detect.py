@@ -299,7 +299,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="SIDE",
-        help="also look through each image in tiles of SIDE pixels, for small objects",
+        help="look through each image in tiles of SIDE pixels, for objects that are small in it",
     )
     parser.add_argument(
         "--overlap",

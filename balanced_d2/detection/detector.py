@@ -16,7 +16,7 @@ from balanced_d2.data.image import read_image, take_image
 from balanced_d2.detection.formats import as_coco, as_supervision
 from balanced_d2.detection.networks import ExportedModel, Network, TrainedModel
 from balanced_d2.detection.sources import config_and_weights, is_exported
-from balanced_d2.detection.tiles import Tile, check_tiling, is_cut, merge, tiles_of
+from balanced_d2.detection.tiles import Tile, check_tiling, fits_in_none, is_cut, merge, tiles_of
 from balanced_d2.engine import build_predictor
 from balanced_d2.engine.defaults import trained_config
 from balanced_d2.utils.errors import UserError
@@ -140,8 +140,9 @@ class Detector:
         Args:
             images: a path, an image of Pillow or an array (see
                 :func:`balanced_d2.data.image.take_image`); or several of these.
-            tile: the side of tiles in pixels in which an image is also looked through, for objects
-                that are small in it; 0: only as a whole. The tiles of an image have no masks.
+            tile: the side in pixels of tiles in which an image is looked through, for objects that
+                are small in it; as a whole, only for those that fit in no tile. 0: no tiles.
+                Detections in tiles have no masks.
             overlap: the part of a tile's side that neighbours have in common, about the size of the
                 objects.
 
@@ -205,17 +206,20 @@ class Detector:
         return as_supervision(detections, self.class_names)
 
     def _in_tiles(self, image: np.ndarray, size: int, overlap: float) -> Instances:
-        """The detections in an image and in its tiles, as one; only a batch of tiles at a time is
-        in memory."""
+        """The detections in the tiles of an image, and those in the image as a whole that fit in no
+        tile, as one; only a batch of tiles at a time is in memory."""
         height, width = image.shape[:2]
         (whole,) = self._network([image])
         tiles = tiles_of(height, width, size, overlap)
         if len(tiles) == 1:
             return whole
-        found = [_moved(whole, Tile(0, 0, width, height), height, width)]
-        cut = [np.zeros(len(whole), bool)]
         if whole.has("pred_masks"):
             logger.warning("detections in tiles have no masks")
+        # A tile sees better what it holds, at the scale that the model knows.
+        boxes = whole.pred_boxes.tensor.numpy()
+        whole = whole[torch.from_numpy(fits_in_none(boxes, tiles, height, width))]
+        found = [_moved(whole, Tile(0, 0, width, height), height, width)]
+        cut = [np.zeros(len(whole), bool)]
         with tqdm(total=len(tiles), desc="tiles", unit="tile", disable=None, leave=False) as bar:
             for start in range(0, len(tiles), self.batch_size):
                 batch = tiles[start : start + self.batch_size]

@@ -34,7 +34,7 @@ def as_supervision(detections: Instances, class_names: Sequence[str]) -> Any:
     """Detections as ``supervision.Detections``, whose ``data["class_name"]`` has the names.
 
     Args:
-        detections: in one image, on the CPU. Keypoints, which that class does not have, are left out.
+        detections: in one image, on the CPU. Keypoints are left out: it has none.
         class_names: by number of the class.
 
     Raises:

@@ -6,7 +6,7 @@ what is found in each as Python objects.
 """
 
 import math
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -66,6 +66,11 @@ def is_cut(boxes: np.ndarray, tile: Tile, height: int, width: int) -> np.ndarray
     right = (tile.x2 < width) & (x2 > tile.x2 - EDGE)
     bottom = (tile.y2 < height) & (y2 > tile.y2 - EDGE)
     return left | top | right | bottom
+
+
+def fits_in_none(boxes: np.ndarray, tiles: Sequence[Tile], height: int, width: int) -> np.ndarray:
+    """Whether boxes (N, 4) of objects in an image are cut by all of its tiles."""
+    return np.logical_and.reduce([is_cut(boxes, tile, height, width) for tile in tiles])
 
 
 def merge(
