@@ -191,6 +191,7 @@ def test_mistakes_in_sources(training, tmp_path):
         Detector.load(training, threshold=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("export, name", [(export_torchscript, "m.ts"), (export_onnx, "m.onnx")])
 def test_exported_files(export, name, training, detector, image, tmp_path):
     if name == "m.onnx":
