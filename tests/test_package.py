@@ -9,12 +9,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
 import balanced_d2
 from balanced_d2 import load_config, model_zoo
 from balanced_d2.config.zoo import find_config
+from balanced_d2.engine import argument_parser, run
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, run_program
@@ -24,7 +26,7 @@ YAML = "COCO-Detection/balanced_faster_rcnn_R_50_FPN_1x.yaml"
 LAZY = "COCO-Detection/balanced_retinanet_R_50_FPN_1x.py"
 
 
-def run(*command, **kwargs) -> subprocess.CompletedProcess:
+def checked_run(*command, **kwargs) -> subprocess.CompletedProcess:
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, **kwargs
     )
@@ -34,7 +36,9 @@ def run(*command, **kwargs) -> subprocess.CompletedProcess:
 
 def build_wheel(source: Path, folder: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source)
+    checked_run(
+        *pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -51,7 +55,7 @@ def dist(tmp_path_factory) -> Path:
         elif path.is_file():
             shutil.copy(path, source)
     build = "import sys, setuptools.build_meta as build; build.build_sdist(sys.argv[1])"
-    run(sys.executable, "-W", "ignore", "-c", build, folder, cwd=source)
+    checked_run(sys.executable, "-W", "ignore", "-c", build, folder, cwd=source)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     build_wheel(source, folder)
@@ -65,12 +69,12 @@ def installed(dist, tmp_path_factory):
     and that folder."""
     folder = tmp_path_factory.mktemp("installed")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
-    run(*pip, "--no-index", "--target", folder, next(dist.glob("*.whl")))
+    checked_run(*pip, "--no-index", "--target", folder, next(dist.glob("*.whl")))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     def run_installed(*command):
         env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-        return run(*command, cwd=elsewhere, env=env)
+        return checked_run(*command, cwd=elsewhere, env=env)
 
     return run_installed, folder
 
@@ -206,6 +210,14 @@ def test_unknown_and_missing_commands():
     result = run_program("-m", "balanced_d2", "trian")
     assert result.returncode == 2 and "'trian'" in result.stderr and "'train'" in result.stderr
     assert "balanced-d2 COMMAND" in run_program("-m", "balanced_d2").stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_the_command_names_itself_for_torchrun(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["balanced-d2 train", "--num-gpus", "2"])
+    args = argument_parser().parse_args()
+    assert run(lambda args: None, args) == 2
+    assert "--nproc-per-node 2 -m balanced_d2 train ..." in capsys.readouterr().err
 
 
 def test_every_command_and_script_is_one_program():
