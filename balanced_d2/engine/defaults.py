@@ -1,7 +1,7 @@
 """Everything before training or evaluation starts: arguments, config, log, device."""
 
 import argparse
-from typing import Sequence, Type
+from typing import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
