@@ -1,6 +1,7 @@
-"""Write a trained detector as one TorchScript or ONNX file, and verify that it is equal.
+"""Write a trained detector as one file (TorchScript, torch.export, ONNX), and verify it.
 
-The file is DIR/model.ts or DIR/model.onnx. tools/run_exported.py runs either, without Detectron2.
+The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
+(onnx-batch). tools/run_exported.py runs any of them, without Detectron2.
 """
 
 import argparse
@@ -18,7 +19,20 @@ from balanced_d2.utils.errors import UserError
 # isort: split
 from detectron2.modeling import build_model
 
-EXTENSIONS = {"torchscript": "ts", "onnx": "onnx"}
+EXTENSIONS = {
+    "torchscript": "ts",
+    "pt2": "pt2",
+    "aoti": "aoti.pt2",
+    "onnx": "onnx",
+    "onnx-batch": "batch.onnx",
+}
+EXPORTERS = {
+    "torchscript": export.export_torchscript,
+    "pt2": export.export_pt2,
+    "aoti": export.export_aoti,
+    "onnx": export.export_onnx,
+    "onnx-batch": export.export_onnx_batch,
+}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -32,20 +46,23 @@ def main(args: argparse.Namespace) -> None:
     check_weights(cfg, "export")
     path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
     export.check_writable(path)
-    metadata = export.describe(cfg, read_contents(cfg.MODEL.WEIGHTS).class_names)
+    if args.format == "aoti":
+        export.check_compiler()
+    class_names = read_contents(cfg.MODEL.WEIGHTS).class_names
+    metadata = export.describe(cfg, class_names, args.format)
     example, *images = export.sample_images(cfg, args.sample_image)
     model = build_model(cfg).eval()
     export.check_exportable(model, args.format)
     load_weights(model, cfg.MODEL.WEIGHTS, averaged=cfg.SOLVER.EMA.ENABLED)
 
-    if args.format == "onnx":
-        export.export_onnx(model, example, path, metadata)
-    else:
+    if args.format == "torchscript":
         print(
-            "note: PyTorch has deprecated TorchScript in favour of torch.export; see docs/export.md"
+            "note: PyTorch has deprecated TorchScript in favour of torch.export (--format pt2); "
+            "see docs/export.md"
         )
-        export.export_torchscript(model, example, path, metadata)
-    print(f"written by tracing: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
+    EXPORTERS[args.format](model, example, path, metadata)
+    how = "torch.export" if args.format in export.BATCH_FORMATS else "tracing"
+    print(f"written by {how}: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
     if args.verify:
         verify(model, path, images, args.format)
 

@@ -1,8 +1,10 @@
-"""Export of trained detectors to TorchScript and ONNX, for use without Detectron2."""
+"""Export of trained detectors to files for use without Detectron2."""
 
-from balanced_d2.export.deployable import Deployable, check_exportable
+from balanced_d2.export.batched import BatchDeployable
+from balanced_d2.export.deployable import BATCH_FORMATS, Deployable, check_exportable
 from balanced_d2.export.metadata import describe
-from balanced_d2.export.onnx import export_onnx
+from balanced_d2.export.onnx import export_onnx, export_onnx_batch
+from balanced_d2.export.program import check_compiler, export_aoti, export_program, export_pt2
 from balanced_d2.export.sample import sample_images
 from balanced_d2.export.torchscript import export_torchscript, trace
 from balanced_d2.export.verify import ADDITIONAL_TOLERANCES, TOLERANCES, Comparison, table, verify
@@ -10,13 +12,20 @@ from balanced_d2.utils.files import check_writable
 
 __all__ = [
     "ADDITIONAL_TOLERANCES",
+    "BATCH_FORMATS",
     "TOLERANCES",
+    "BatchDeployable",
     "Comparison",
     "Deployable",
+    "check_compiler",
     "check_exportable",
     "check_writable",
     "describe",
+    "export_aoti",
     "export_onnx",
+    "export_onnx_batch",
+    "export_program",
+    "export_pt2",
     "export_torchscript",
     "sample_images",
     "table",

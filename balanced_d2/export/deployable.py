@@ -5,10 +5,17 @@ from typing import List, Tuple
 import torch
 from detectron2.layers import shapes_to_tensor
 from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from detectron2.structures import Instances
 from torch import nn
 
 from balanced_d2.utils.errors import UserError
+
+# Those that take a batch and return a fixed number of detections.
+BATCH_FORMATS = ("pt2", "aoti", "onnx-batch")
 
 
 # A script, so that a trace holds no device and no dtype of the example.
@@ -71,12 +78,15 @@ class Deployable(nn.Module):
         return self.model.inference(inputs, do_postprocess=False)[0]
 
 
-def output_names(masks: bool = False, keypoints: bool = False) -> List[str]:
+def output_names(masks: bool = False, keypoints: bool = False, is_batch: bool = False) -> List[str]:
     """The names of what an exported model returns, in order.
 
     Args:
         masks, keypoints: whether it predicts them.
+        is_batch: whether it takes a batch, as :class:`balanced_d2.export.BatchDeployable`.
     """
+    if is_batch:
+        return ["num_detections", "boxes", "scores", "classes", *masks * ["masks"]]
     additional = masks * ["masks"] + keypoints * ["keypoints"]
     return ["boxes", "classes", "scores", *additional, "image_size"]
 
@@ -102,7 +112,7 @@ def check_exportable(model: nn.Module, format: str = "torchscript") -> None:
     """Raise :class:`UserError` if a model is of a kind, or in a mode, that cannot be exported.
 
     Args:
-        format: ``"torchscript"`` or ``"onnx"``.
+        format: ``"torchscript"``, ``"onnx"``, or one of :data:`BATCH_FORMATS`.
     """
     is_retinanet = isinstance(model, RetinaNet)
     if not is_retinanet and (
@@ -122,6 +132,39 @@ def check_exportable(model: nn.Module, format: str = "torchscript") -> None:
             "a loop that PyTorch cannot write as ONNX; export it to TorchScript "
             "(--format torchscript)"
         )
+    if format in BATCH_FORMATS:
+        _check_batch_exportable(model, format)
+
+
+def _check_batch_exportable(model: nn.Module, format: str) -> None:
+    """That nothing is replaced of what :class:`balanced_d2.export.batched.BatchDeployable` computes
+    in the place of Detectron2's methods."""
+    advice = f"cannot be exported with --format {format}; use --format torchscript"
+    if _branches(model)["keypoints"]:
+        raise UserError(
+            f"a model that predicts keypoints {advice}: each box's heat map is scaled to the size "
+            "of the box, a loop over sizes that are data"
+        )
+    if isinstance(model, RetinaNet):
+        return
+    rpn, heads = model.proposal_generator, model.roi_heads
+    methods = {type(rpn): (RPN, "predict_proposals")}
+    if isinstance(heads, CascadeROIHeads):
+        methods[type(heads)] = (CascadeROIHeads, "_forward_box")
+    else:
+        methods[type(heads)] = (StandardROIHeads, "_forward_box")
+    predictors = getattr(heads, "box_predictor", ())
+    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
+        methods[type(predictor)] = (FastRCNNOutputLayers, "predict_probs")
+    if _branches(model)["masks"]:
+        methods[type(heads.mask_head)] = (BaseMaskRCNNHead, "forward")
+        if heads.mask_pooler is None:
+            raise UserError(f"a mask head without MODEL.ROI_MASK_HEAD.POOLER_TYPE {advice}")
+    for kind, (known, method) in methods.items():
+        if getattr(kind, method, None) is not getattr(known, method):
+            raise UserError(
+                f"a model with {kind.__name__} in the place of {known.__name__} {advice}"
+            )
 
 
 def cannot_be_exported(meta_architecture: str) -> UserError:

@@ -8,9 +8,12 @@ than the model does. The functions here take its place, see :mod:`balanced_d2.ex
 
 import torch
 from detectron2.layers import shapes_to_tensor
+from torch.nn import functional as F
 from torchvision.ops import boxes as box_ops
+from torchvision.ops import nms
 
 from balanced_d2.export.tracing import no_export_warnings
+from balanced_d2.layers.exporting import is_exporting
 
 # On the CPU, torchvision moves this many boxes apart at most.
 MAX_MOVED = 1000
@@ -49,6 +52,75 @@ def onnx_batched_nms(
     kept = _GroupNMS.apply(boxes + offsets[:, None], group_scores, iou_threshold)
     kept = kept.sort().values  # of equal scores, the first box comes first, as in torchvision
     return kept[scores[kept].argsort(descending=True)]
+
+
+def suppress(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """torchvision's ``nms`` of each row by itself, with a result of fixed size, for
+    ``torch.export``.
+
+    Args:
+        boxes: shape (R, C, 4). R may be known at run time only.
+        scores: shape (R, C), -inf where there is no box.
+        iou_threshold: boxes that overlap a better one of their row by more are dropped.
+
+    Returns:
+        Bool of shape (R, C): the boxes kept.
+    """
+    if not is_exporting():
+        rows = [_suppress_row(*row, iou_threshold) for row in zip(boxes, scores)]
+        return torch.stack(rows) if rows else torch.zeros_like(scores, dtype=torch.bool)
+    num_rows = torch.full((), boxes.shape[0], dtype=torch.long, device=boxes.device)
+
+    def is_left(row, kept):
+        return row < num_rows
+
+    def suppress_next(row, kept):
+        at = row.reshape(1)
+        of_row = boxes.index_select(0, at)[0], scores.index_select(0, at)[0]
+        return row + 1, kept.index_copy(0, at, _suppress_row(*of_row, iou_threshold)[None])
+
+    nothing = torch.zeros(scores.shape, dtype=torch.bool, device=boxes.device)
+    return torch.while_loop(is_left, suppress_next, (torch.zeros_like(num_rows), nothing))[1]
+
+
+@torch.library.custom_op("balanced_d2::suppress", mutates_args=())
+def suppress_operator(
+    boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float
+) -> torch.Tensor:
+    """:func:`suppress` as an operator, for an exporter that has another for it."""
+    return suppress(boxes, scores, iou_threshold)
+
+
+@suppress_operator.register_fake
+def _(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+def translate_suppress(boxes, scores, iou_threshold: float):
+    """:func:`suppress_operator` in operators of ONNX, for ``torch.onnx.export(dynamo=True)``."""
+    from onnxscript import opset18 as op
+
+    selected = op.NonMaxSuppression(
+        boxes,
+        op.Unsqueeze(scores, op.Constant(value_ints=[1])),
+        op.Shape(scores, start=1, end=2),
+        op.Constant(value_floats=[iou_threshold]),
+        op.Constant(value_floats=[torch.finfo(torch.float).min]),  # above -inf
+    )  # rows of (row, 0, box)
+    kept = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(kept, start=0, end=1))
+    nothing = op.Expand(op.Constant(value_float=0.0), op.Shape(scores))
+    return op.Greater(op.ScatterND(nothing, kept, ones), op.Constant(value_float=0.5))
+
+
+def _suppress_row(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    # torchvision tells torch.export that at least two boxes are kept: two without area, which
+    # overlap with nothing, make it true.
+    is_box = F.pad(scores.isfinite(), (0, 2), value=True)
+    index = is_box.nonzero()[:, 0]
+    boxes, padded_scores = F.pad(boxes, (0, 0, 0, 2)), F.pad(scores, (0, 2), value=-torch.inf)
+    best = nms(boxes[index], padded_scores[index], iou_threshold)
+    return torch.zeros_like(is_box).scatter(0, index[best], True)[: scores.shape[0]]
 
 
 def _max(x: torch.Tensor, least: float) -> torch.Tensor:

@@ -1,19 +1,24 @@
-"""Export to ONNX, with height and width of the image left open."""
+"""Export to ONNX, with height and width of the image, and the number of images, left open."""
 
 import json
 
 import torch
 from torch import nn
 
+from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.metadata import METADATA_FILE
-from balanced_d2.export.nms import onnx_batched_nms
-from balanced_d2.export.tracing import traceable
+from balanced_d2.export.nms import onnx_batched_nms, suppress_operator, translate_suppress
+from balanced_d2.export.program import export_program
+from balanced_d2.export.tracing import no_export_warnings, traceable
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import replacing
 
 # The first opset whose RoiAlign has Detectron2's alignment is 16.
 OPSET = 17
+
+# The first opset that has attention as one operator, whose matrix the runtime need not hold, is 23.
+BATCH_OPSET = 23
 
 
 def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
@@ -32,13 +37,7 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
         UserError: if the package ``onnx`` is missing, the model cannot be exported or the file not
             be written.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise UserError(
-            "exporting to ONNX needs the packages onnx and onnxruntime: "
-            "pip install onnx onnxruntime"
-        ) from error
+    _import_onnx()
     deployable = Deployable(model, format="onnx")
     with replacing(path) as temporary:
         with traceable(onnx_batched_nms):
@@ -55,8 +54,69 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
                     **{name: {0: "detections"} for name in deployable.outputs[:-1]},
                 },
             )
-        exported = onnx.load(temporary)
-        exported.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
-        onnx.helper.set_model_props(exported, {METADATA_FILE: json.dumps(metadata)})
-        onnx.checker.check_model(exported)
-        onnx.save(exported, temporary)
+        _finish(temporary, metadata, boxes=0)
+
+
+def export_onnx_batch(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
+    """Write a detector that takes batches as an ONNX file, by way of ``torch.export``.
+
+    Its input is ``images``, float32 of shape (batch, 3, height, width); its outputs are those of
+    :meth:`BatchDeployable.forward`, under the names :attr:`BatchDeployable.outputs`.
+
+    Args:
+        model: as for :class:`BatchDeployable`. It stays as it is.
+        image: an example, shape (3, H, W).
+        path, metadata: as for :func:`export_onnx`.
+
+    Raises:
+        UserError: if the package ``onnx`` or ``onnxscript`` is missing, the model cannot be
+            exported or the file not be written.
+    """
+    _import_onnx()
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "--format onnx-batch needs the package onnxscript: pip install onnxscript"
+        ) from error
+    outputs = BatchDeployable(model).outputs
+    program = export_program(model, image, suppress_operator)
+    with replacing(path) as temporary:
+        with no_export_warnings():
+            torch.onnx.export(
+                program,
+                (),
+                temporary,
+                dynamo=True,
+                opset_version=BATCH_OPSET,
+                input_names=["images"],
+                output_names=outputs,
+                external_data=False,
+                verbose=False,
+                custom_translation_table={
+                    torch.ops.balanced_d2.suppress.default: translate_suppress
+                },
+            )
+        _finish(temporary, metadata)
+
+
+def _import_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "exporting to ONNX needs the packages onnx and onnxruntime: "
+            "pip install onnx onnxruntime"
+        ) from error
+
+
+def _finish(path: str, metadata: dict, boxes: int | None = None) -> None:
+    """Store the metadata, and the number of columns of the output with the boxes, in a file."""
+    import onnx
+
+    exported = onnx.load(path)
+    if boxes is not None:
+        exported.graph.output[boxes].type.tensor_type.shape.dim[1].dim_value = 4
+    onnx.helper.set_model_props(exported, {METADATA_FILE: json.dumps(metadata)})
+    onnx.checker.check_model(exported)
+    onnx.save(exported, path)

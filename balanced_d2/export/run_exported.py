@@ -2,8 +2,9 @@
 """Run a detector written by export_model.py on images.
 
 Needs neither Detectron2 nor any other file of this project, only torch and torchvision for a
-TorchScript file, onnxruntime for an ONNX file, NumPy and Pillow for both, and OpenCV for a model
-that predicts masks. For each image, one line of JSON is printed to standard output:
+TorchScript file, a torch.export program or an AOTInductor package, onnxruntime for an ONNX file,
+NumPy and Pillow for all, and OpenCV for a model that predicts masks. Which kind a file is of is
+found from the file. For each image, one line of JSON is printed to standard output:
 
     {"image": FILE, "height": H, "width": W, "seconds": LATENCY, "detections":
         [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
@@ -18,6 +19,7 @@ import argparse
 import colorsys
 import functools
 import json
+import logging
 import os
 import statistics
 import sys
@@ -30,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 METADATA = "balanced_d2.json"
+FORMAT_VERSION = 2  # the newest that is known; files of the first version have no number
 # For older files, which do not name their outputs.
 OUTPUTS = ["boxes", "classes", "scores", "image_size"]
 PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than their module
@@ -58,7 +61,7 @@ class UserError(Exception):
 
 
 class ExportedDetector:
-    """A detector in a TorchScript or ONNX file.
+    """A detector in a file of export_model.py.
 
     Attributes:
         metadata: from the file: class_names, input_format, min_size, max_size.
@@ -67,12 +70,20 @@ class ExportedDetector:
     def __init__(self, path: str, device: str = "cpu"):
         if not os.path.isfile(path):
             raise UserError(f"there is no model file {path}")
-        load = load_torchscript if zipfile.is_zipfile(path) else load_onnx
         try:
-            self._run, metadata = load(path, device)
-            if not metadata:
-                raise UserError(f"{path} was not written by export_model.py: it has no {METADATA}")
-            self.metadata = json.loads(metadata)
+            metadata = zip_metadata(path) if zipfile.is_zipfile(path) else None
+            if metadata is not None:
+                self.metadata = check_version(path, json.loads(metadata))
+                load = LOADERS[self.metadata.get("format", "torchscript")]
+                self._run, _ = load(path, device)
+            else:  # ONNX, or nothing that export_model.py wrote
+                load = load_torchscript if zipfile.is_zipfile(path) else load_onnx
+                self._run, metadata = load(path, device)
+                if not metadata:
+                    raise UserError(
+                        f"{path} was not written by export_model.py: it has no {METADATA}"
+                    )
+                self.metadata = check_version(path, json.loads(metadata))
             if "masks" in self.outputs:
                 import cv2  # noqa: F401  # if missing, report it now
         except UserError:
@@ -98,8 +109,13 @@ class ExportedDetector:
             them, masks (N, M, M) of probabilities within the box and keypoints (N, K, 3): x, y,
             score.
         """
-        values = self._run(np.ascontiguousarray(array, dtype=np.float32))
-        return dict(zip(self.outputs, values))
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        if "num_detections" not in self.outputs:
+            return dict(zip(self.outputs, self._run(array)))
+        outputs = dict(zip(self.outputs, self._run(array[None])))
+        number = int(outputs.pop("num_detections")[0])
+        outputs = {name: value[0, :number] for name, value in outputs.items()}
+        return {**outputs, "image_size": np.array(array.shape[1:])}
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """The network's input for an RGB image, scaled as in training."""
@@ -121,32 +137,81 @@ class ExportedDetector:
         return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
+def zip_metadata(path: str):
+    """The JSON in a file of PyTorch, None if there is none."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA}")]
+        return archive.read(names[0]) if names else None
+
+
+def check_version(path: str, metadata: dict) -> dict:
+    version = metadata.get("format_version", 1)
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, and this program knows up to {FORMAT_VERSION}: "
+            "use the run_exported.py of the version that wrote it "
+            f"({metadata.get('versions', {}).get('balanced_d2', 'unknown')})"
+        )
+    return metadata
+
+
 def load_torchscript(path: str, device: str):
     import torch
     import torchvision  # noqa: F401  # its operators
 
     files = {METADATA: ""}
     model = torch.jit.load(path, map_location=device, _extra_files=files)
+    return with_tensors(model, device), files[METADATA]
+
+
+def load_pt2(path: str, device: str):
+    check_cpu(device)
+    import torch
+    import torchvision  # noqa: F401  # its operators
+
+    logging.getLogger("torch._export").setLevel(logging.ERROR)  # of symbols that are not needed
+    return with_tensors(torch.export.load(path).module(), device), None
+
+
+def load_aoti(path: str, device: str):
+    check_cpu(device)
+    import torch
+    import torchvision  # noqa: F401  # its operators
+
+    return with_tensors(torch._inductor.aoti_load_package(path), device), None
+
+
+def with_tensors(model, device: str):
+    """A model of PyTorch as a function of arrays."""
+    import torch
 
     def run(array):
         with torch.no_grad():
             outputs = model(torch.from_numpy(array).to(device))
         return [output.cpu().numpy() for output in outputs]
 
-    return run, files[METADATA]
+    return run
+
+
+def check_cpu(device: str) -> None:
+    if device != "cpu":
+        raise UserError("this file is run on the CPU; --device is for TorchScript files")
 
 
 def load_onnx(path: str, device: str):
-    if device != "cpu":
-        raise UserError("an ONNX file is run on the CPU; --device is for TorchScript files")
+    check_cpu(device)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
 
     def run(array):
-        return session.run(None, {"image": array})
+        return session.run(None, {name: array})
 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA)
+
+
+LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2, "aoti": load_aoti}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -456,7 +521,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="the file, TorchScript or ONNX")
+    parser.add_argument("model", metavar="MODEL", help="a file that export_model.py wrote")
     parser.add_argument("images", metavar="IMAGE", nargs="+")
     parser.add_argument(
         "--output",

@@ -20,13 +20,17 @@ from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.tracing import no_export_warnings
 
 # Largest differences (box in pixels, score) that an exported model may have. ONNX Runtime computes
-# with kernels of its own, TorchScript with the same ones.
-TOLERANCES = {"torchscript": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
+# with kernels of its own, PyTorch with the same ones or others of the same precision.
+TOLERANCES = {
+    **dict.fromkeys(("torchscript", "pt2", "aoti"), (1e-3, 1e-5)),
+    **dict.fromkeys(("onnx", "onnx-batch"), (1e-2, 1e-4)),
+}
 # The same for outputs that only some models have: a mask is a probability, a keypoint is x, y in
-# pixels and a score. Keypoints are not exported to ONNX.
+# pixels and a score. Keypoints are exported to TorchScript only.
 ADDITIONAL_TOLERANCES: Dict[str, Dict[str, Tuple[float, ...]]] = {
     "torchscript": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
-    "onnx": {"masks": (1e-2,)},
+    **dict.fromkeys(("pt2", "aoti"), {"masks": (1e-4,)}),
+    **dict.fromkeys(("onnx", "onnx-batch"), {"masks": (1e-2,)}),
 }
 
 _ADDITIONAL_HEADERS = {"masks": "of masks", "keypoints": "of keypoints (px, px, score)"}
@@ -116,7 +120,7 @@ def verify(
         model: the eager model, in evaluation mode.
         path: the exported file.
         images: each of shape (C, H, W), given to both models as they are.
-        format: ``"torchscript"`` or ``"onnx"``, which says how much they may differ.
+        format: of the file, a key of ``TOLERANCES``, which says how much they may differ.
         runner: the program ``tools/run_exported.py``, which is run once for each image.
 
     Raises:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from balanced_d2.layers.exporting import is_exporting
 from balanced_d2.layers.fused_conv import can_fuse, fused_conv
 from balanced_d2.modeling.feature_backbone import FeatureBackbone
 from balanced_d2.utils.mix_in import mix_in
@@ -163,6 +164,8 @@ class _FoldedStem(nn.Module):
 
 
 def _is_folded(norm: nn.Module) -> bool:
+    if is_exporting():  # a program has no folded weights to keep; those who run it fold themselves
+        return False
     return not (isinstance(norm, _BatchNorm) and norm.training)
 
 

@@ -1,0 +1,244 @@
+"""Detectors through ``torch.export``: equal to eager for images of every number and size."""
+
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torchvision.ops import nms
+
+from balanced_d2 import export
+from balanced_d2.export import program
+from balanced_d2.export.batched import _best, _move_apart
+from balanced_d2.export.nms import suppress
+from balanced_d2.utils.errors import UserError
+
+from .conftest import load_tool
+from .test_export import (
+    ARCHITECTURES,
+    KEYPOINTS,
+    METADATA,
+    TOLERANCE,
+    small_model,
+    smooth_image,
+)
+
+NOTHING = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]
+# Numbers of images, heights and widths, none of them that of the example.
+BATCHES = [(1, 97, 211), (3, 33, 1), (2, 64, 96)]
+SMALLEST = (1, 1, 1)
+
+
+def assert_equal(model, run, batch, kind="tracing"):
+    """What a program gives for a batch is what the model gives for each image; their number."""
+    number, height, width = batch
+    images = torch.stack([smooth_image(height, width, seed) for seed in range(number)]).float()
+    with torch.no_grad():
+        found = [torch.as_tensor(output) for output in run(images)]
+    box_tolerance, score_tolerance = TOLERANCE[kind]
+    total = 0
+    for i, image in enumerate(images):
+        with torch.no_grad():
+            expected = model([{"image": image}])[0]["instances"]
+        count, boxes, scores, classes, *masks = (output[i] for output in found)
+        assert int(count) == len(expected)
+        used = slice(len(expected))
+        torch.testing.assert_close(
+            boxes[used], expected.pred_boxes.tensor, rtol=0, atol=box_tolerance
+        )
+        torch.testing.assert_close(scores[used], expected.scores, rtol=0, atol=score_tolerance)
+        assert torch.equal(classes[used], expected.pred_classes)
+        assert not boxes[count:].any() and not scores[count:].any()
+        assert (classes[count:] == -1).all()
+        if expected.has("pred_masks"):
+            with torch.no_grad():
+                (raw,) = model.inference([{"image": image}], do_postprocess=False)
+            soft = raw.pred_masks[raw.pred_boxes.nonempty(), 0]
+            torch.testing.assert_close(masks.pop()[used], soft, rtol=0, atol=1e-4)
+        assert not masks
+        total += len(expected)
+    return total
+
+
+@pytest.mark.parametrize("name", ["plain", "cascade with masks", "RetinaNet", "RetinaNet, clipped"])
+def test_batches_equal_single_images(name):
+    model = small_model(*ARCHITECTURES.get(name, []))
+    deployable = export.BatchDeployable(model)
+    assert assert_equal(model, deployable, (2, 97, 150)) > 10
+    assert_equal(model, deployable, SMALLEST)
+
+
+def test_batches_without_detections():
+    model = small_model(*NOTHING)
+    assert assert_equal(model, export.BatchDeployable(model), (2, 64, 90)) == 0
+
+
+def test_suppression_by_row_is_torchvisions():
+    torch.manual_seed(1)
+    corners = 10 * torch.randint(20, (6, 300, 2)) + torch.rand(6, 300, 1)
+    boxes, scores = torch.cat([corners, corners + 30], dim=2), torch.rand(6, 300)
+    scores[:, ::5] = -torch.inf  # no boxes
+    scores[0] = -torch.inf
+    scores[1, 1:] = -torch.inf
+    kept = suppress(boxes, scores, 0.5)
+    assert kept.shape == scores.shape
+    for row in range(6):
+        index = scores[row].isfinite().nonzero()[:, 0]
+        expected = index[nms(boxes[row][index], scores[row][index], 0.5)]
+        assert kept[row].nonzero()[:, 0].tolist() == sorted(expected.tolist())
+    assert suppress(boxes[:0], scores[:0], 0.5).shape == (0, 300)
+
+
+def test_boxes_are_moved_apart_as_torchvision_does():
+    """Up to 1,000 of them in an image, by its largest coordinate."""
+    boxes = 100 * torch.rand(2, 1100, 4)
+    scores = torch.rand(2, 1100)
+    scores[0, 1000:] = -torch.inf
+    groups = torch.randint(3, (2, 1100))
+    moved, is_moved = _move_apart(boxes, scores, groups)
+    assert is_moved.tolist() == [True, False]
+    offsets = groups[0].to(boxes) * (boxes[0, :1000].max() + 1)
+    assert torch.equal(moved[0, :1000], (boxes[0] + offsets[:, None])[:1000])
+    assert torch.equal(moved[1], boxes[1])
+
+
+def test_best_scores_have_a_fixed_number():
+    scores = torch.tensor([[0.1, 0.9, -torch.inf], [0.3, 0.2, 0.5]])
+    best, index = _best(scores, 5)
+    assert best.shape == index.shape == (2, 5)
+    assert index.tolist() == [[1, 0, 0, 0, 0], [2, 0, 1, 0, 0]]
+    assert best.isfinite().sum(dim=1).tolist() == [2, 3]
+    assert _best(scores, 2)[1].tolist() == [[1, 0], [2, 0]]
+
+
+def exported(model, kind, folder):
+    """The exported model as a function of a batch, from its file."""
+    path = str(folder / f"{kind}.pt2")
+    example = smooth_image(120, 140, seed=1)
+    if kind == "pt2":
+        export.export_pt2(model, example, path, METADATA)
+        return torch.export.load(path).module()
+    if kind == "aoti":
+        export.export_aoti(model, example, path, METADATA)
+        return torch._inductor.aoti_load_package(path)
+    export.export_onnx_batch(model, example, path, METADATA)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images.numpy()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "cascade with masks", "RetinaNet"])
+def test_program_equals_the_model(name, tmp_path):
+    model = small_model(*ARCHITECTURES.get(name, []))
+    run = exported(model, "pt2", tmp_path)
+    for batch in BATCHES:
+        assert assert_equal(model, run, batch) > 0
+    assert_equal(model, run, SMALLEST)
+    assert json.loads(stored(tmp_path / "pt2.pt2")) == METADATA
+
+
+@pytest.mark.slow
+def test_program_without_detections(tmp_path):
+    model = small_model(*NOTHING)
+    run = exported(model, "pt2", tmp_path)
+    assert assert_equal(model, run, BATCHES[0]) == 0
+
+
+@pytest.mark.slow
+def test_strict_program_equals_the_model():
+    model = small_model()
+    run = program.export_program(model, smooth_image(120, 140), strict=True).module()
+    for batch in (BATCHES[0], SMALLEST):
+        assert_equal(model, run, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    not any(map(shutil.which, program.COMPILERS)), reason="AOTInductor needs a C++ compiler"
+)
+def test_compiled_program_equals_the_model(tmp_path):
+    model = small_model()
+    run = exported(model, "aoti", tmp_path)
+    for batch in BATCHES:
+        assert assert_equal(model, run, batch) > 0
+    assert json.loads(stored(tmp_path / "aoti.pt2")) == METADATA
+
+
+@pytest.mark.slow
+def test_onnx_of_batches_equals_the_model(tmp_path):
+    pytest.importorskip("onnxscript", reason="PyTorch's current ONNX exporter needs onnxscript")
+    model = small_model()
+    run = exported(model, "onnx", tmp_path)
+    for batch in BATCHES[:2]:
+        assert assert_equal(model, run, batch, "onnx") > 0
+    session = onnxruntime.InferenceSession(tmp_path / "onnx.pt2")
+    assert [output.name for output in session.get_outputs()] == [
+        *("num_detections", "boxes", "scores", "classes")
+    ]
+    properties = session.get_modelmeta().custom_metadata_map
+    assert json.loads(properties["balanced_d2.json"]) == METADATA
+
+
+def stored(path):
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/extra/balanced_d2.json"))
+        return archive.read(name)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (KEYPOINTS, "predicts keypoints cannot be exported with --format pt2; use .*torchscript"),
+        (
+            ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", "['p4']"],
+            "Res5ROIHeads in the place of StandardROIHeads cannot be exported",
+        ),
+    ],
+)
+def test_models_that_no_program_is_made_of(opts, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export.export_pt2(small_model(*opts), smooth_image(64, 64), str(tmp_path / "m.pt2"), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C.. compiler, and none of no-such-compiler was"):
+        export.check_compiler()
+
+
+def test_runner_reads_fixed_slots_and_refuses_newer_files(tmp_path):
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            boxes = images[:, 0, :2, :4]
+            scores = images[:, 1, 0, :2] / 10
+            number = torch.ones(images.shape[0], dtype=torch.long)
+            return number, boxes, scores, torch.ones_like(scores, dtype=torch.long)
+
+    runner = load_tool("run_exported")
+    described = {
+        "format": "pt2",
+        "format_version": 2,
+        "outputs": ["num_detections", "boxes", "scores", "classes"],
+        **METADATA,
+    }
+    batch = torch.export.Dim("batch")
+    one = torch.export.export(Fixed(), (torch.zeros(2, 3, 4, 5),), dynamic_shapes=({0: batch},))
+
+    def saved(**changes):
+        files = {"balanced_d2.json": json.dumps({**described, **changes})}
+        torch.export.save(one, str(tmp_path / "model.pt2"), extra_files=files)
+        return str(tmp_path / "model.pt2")
+
+    array = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    outputs = runner.ExportedDetector(saved())(array)
+    assert outputs["boxes"].tolist() == [[0, 1, 2, 3]]
+    assert outputs["scores"].tolist() == [2.0] and outputs["classes"].tolist() == [1]
+    assert outputs["image_size"].tolist() == [4, 5]
+    newer = saved(format_version=3, versions={"balanced_d2": "9.9"})
+    with pytest.raises(runner.UserError, match="format version 3, and .* knows up to 2: .*9.9"):
+        runner.ExportedDetector(newer)
