@@ -1,7 +1,7 @@
 """Write a trained detector as one file (TorchScript, torch.export, ONNX), and verify it.
 
-The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
-(onnx-batch). tools/run_exported.py runs any of them, without Detectron2.
+The file is DIR/model.ts (torchscript), .pt2 (pt2), .onnx (onnx) or .batch.onnx (onnx-batch).
+tools/run_exported.py runs any of them, without Detectron2.
 """
 
 import argparse
@@ -22,14 +22,12 @@ from detectron2.modeling import build_model
 EXTENSIONS = {
     "torchscript": "ts",
     "pt2": "pt2",
-    "aoti": "aoti.pt2",
     "onnx": "onnx",
     "onnx-batch": "batch.onnx",
 }
 EXPORTERS = {
     "torchscript": export.export_torchscript,
     "pt2": export.export_pt2,
-    "aoti": export.export_aoti,
     "onnx": export.export_onnx,
     "onnx-batch": export.export_onnx_batch,
 }
@@ -46,8 +44,6 @@ def main(args: argparse.Namespace) -> None:
     check_weights(cfg, "export")
     path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
     export.check_writable(path)
-    if args.format == "aoti":
-        export.check_compiler()
     class_names = read_contents(cfg.MODEL.WEIGHTS).class_names
     metadata = export.describe(cfg, class_names, args.format)
     example, *images = export.sample_images(cfg, args.sample_image)

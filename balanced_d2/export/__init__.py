@@ -4,7 +4,7 @@ from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import BATCH_FORMATS, Deployable, check_exportable
 from balanced_d2.export.metadata import describe
 from balanced_d2.export.onnx import export_onnx, export_onnx_batch
-from balanced_d2.export.program import check_compiler, export_aoti, export_program, export_pt2
+from balanced_d2.export.program import export_program, export_pt2
 from balanced_d2.export.sample import sample_images
 from balanced_d2.export.torchscript import export_torchscript, trace
 from balanced_d2.export.verify import ADDITIONAL_TOLERANCES, TOLERANCES, Comparison, table, verify
@@ -17,11 +17,9 @@ __all__ = [
     "BatchDeployable",
     "Comparison",
     "Deployable",
-    "check_compiler",
     "check_exportable",
     "check_writable",
     "describe",
-    "export_aoti",
     "export_onnx",
     "export_onnx_batch",
     "export_program",

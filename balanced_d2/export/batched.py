@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.poolers import ROIPooler
 from torch import nn
@@ -110,10 +111,12 @@ class BatchDeployable(nn.Module):
         levels = [features[name] for name in rpn.in_features]
         number, most = rpn.pre_nms_topk[False], rpn.post_nms_topk[False]
         all_boxes, all_scores = [], []
-        for anchors, logits, deltas in zip(_anchors(rpn, levels), *rpn.rpn_head(levels)):
+        for anchors, logits, deltas in zip(
+            _anchors(rpn.anchor_generator, levels), *rpn.rpn_head(levels)
+        ):
             scores, index = _best(permute_to_N_HWA_K(logits, 1)[:, :, 0], number)
             deltas = permute_to_N_HWA_K(deltas, 4)
-            all_boxes.append(_decode(rpn, anchors, deltas, index))
+            all_boxes.append(_decode(rpn.box2box_transform, anchors, deltas, index))
             all_scores.append(scores)
         boxes, scores = torch.stack(all_boxes, dim=1), torch.stack(all_scores, dim=1)
         scores = torch.where(boxes.isfinite().all(dim=3) & scores.isfinite(), scores, -torch.inf)
@@ -194,13 +197,15 @@ class BatchDeployable(nn.Module):
         levels = [features[name] for name in model.head_in_features]
         number, num_classes = model.test_topk_candidates, model.num_classes
         found = []
-        for anchors, logits, deltas in zip(_anchors(model, levels), *model.head(levels)):
+        for anchors, logits, deltas in zip(
+            _anchors(model.anchor_generator, levels), *model.head(levels)
+        ):
             scores = permute_to_N_HWA_K(logits, num_classes).flatten(1).sigmoid()
             scores = torch.where(scores > model.test_score_thresh, scores, -torch.inf)
             scores, index = _best(scores, number)
             label = index % num_classes
             anchor = (index - label).div(num_classes, rounding_mode="floor")
-            boxes = _decode(model, anchors, permute_to_N_HWA_K(deltas, 4), anchor)
+            boxes = _decode(model.box2box_transform, anchors, permute_to_N_HWA_K(deltas, 4), anchor)
             found.append(Candidates(boxes, scores, label))
         boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*found))
         if getattr(model, "clip_before_nms", False):
@@ -265,9 +270,10 @@ def _nonempty(boxes: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
     return (size > threshold).all(dim=-1)
 
 
-def _anchors(model: nn.Module, levels: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+def _anchors(
+    generator: DefaultAnchorGenerator, levels: Sequence[torch.Tensor]
+) -> List[torch.Tensor]:
     """Detectron2's anchors of each level, (H * W * A, 4)."""
-    generator = model.anchor_generator
     if type(generator)._grid_anchors is not DefaultAnchorGenerator._grid_anchors:
         return generator._grid_anchors([level.shape[2:] for level in levels])
     anchors = []
@@ -290,17 +296,17 @@ def _best(scores: torch.Tensor, number: int) -> Tuple[torch.Tensor, torch.Tensor
     in a search among the scores alone.
     """
     length = scores.shape[1]
-    missing = torch.sym_max(number - length, 0)
+    missing: Any = torch.sym_max(number - length, 0)
     best, index = F.pad(scores, (0, missing), value=-torch.inf).topk(number, dim=1)
     return best, torch.where(best > -torch.inf, index, 0)
 
 
 def _decode(
-    model: nn.Module, anchors: torch.Tensor, deltas: torch.Tensor, index: torch.Tensor
+    transform: Box2BoxTransform, anchors: torch.Tensor, deltas: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
     """Boxes (N, C, 4) of the anchors (B, 4) and deltas (N, B, 4) at an index (N, C)."""
     chosen = _take(deltas, index).flatten(0, 1)
-    boxes = model.box2box_transform.apply_deltas(chosen, anchors[index.flatten()])
+    boxes = transform.apply_deltas(chosen, anchors[index.flatten()])
     return boxes.view(*index.shape, 4)
 
 

@@ -1,6 +1,6 @@
 """What is exported: a detector as a function of one image to plain tensors."""
 
-from typing import List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from detectron2.layers import shapes_to_tensor
@@ -15,7 +15,7 @@ from torch import nn
 from balanced_d2.utils.errors import UserError
 
 # Those that take a batch and return a fixed number of detections.
-BATCH_FORMATS = ("pt2", "aoti", "onnx-batch")
+BATCH_FORMATS = ("pt2", "onnx-batch")
 
 
 # A script, so that a trace holds no device and no dtype of the example.
@@ -147,8 +147,9 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
         )
     if isinstance(model, RetinaNet):
         return
-    rpn, heads = model.proposal_generator, model.roi_heads
-    methods = {type(rpn): (RPN, "predict_proposals")}
+    rpn: Any = model.proposal_generator
+    heads: Any = model.roi_heads
+    methods: Dict[type, Tuple[type, str]] = {type(rpn): (RPN, "predict_proposals")}
     if isinstance(heads, CascadeROIHeads):
         methods[type(heads)] = (CascadeROIHeads, "_forward_box")
     else:

@@ -113,6 +113,15 @@ def translate_suppress(boxes, scores, iou_threshold: float):
     return op.Greater(op.ScatterND(nothing, kept, ones), op.Constant(value_float=0.5))
 
 
+def translate_stable_sort(self, stable=True, dim: int = -1, descending: bool = False):
+    """``sort(stable=True)`` in ONNX, whose TopK puts the first of equal values first."""
+    from onnxscript import opset18 as op
+
+    axis = dim % len(self.shape)
+    number = op.Shape(self, start=axis, end=axis + 1)
+    return op.TopK(self, number, axis=axis, largest=int(descending))
+
+
 def _suppress_row(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     # torchvision tells torch.export that at least two boxes are kept: two without area, which
     # overlap with nothing, make it true.

@@ -8,7 +8,12 @@ from torch import nn
 from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.metadata import METADATA_FILE
-from balanced_d2.export.nms import onnx_batched_nms, suppress_operator, translate_suppress
+from balanced_d2.export.nms import (
+    onnx_batched_nms,
+    suppress_operator,
+    translate_stable_sort,
+    translate_suppress,
+)
 from balanced_d2.export.program import export_program
 from balanced_d2.export.tracing import no_export_warnings, traceable
 from balanced_d2.utils.errors import UserError
@@ -17,8 +22,9 @@ from balanced_d2.utils.files import replacing
 # The first opset whose RoiAlign has Detectron2's alignment is 16.
 OPSET = 17
 
-# The first opset that has attention as one operator, whose matrix the runtime need not hold, is 23.
-BATCH_OPSET = 23
+# ONNX Runtime has no RoiAlign of a later opset on CPUs, and so none of those that have attention as
+# one operator (23).
+BATCH_OPSET = 21
 
 
 def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
@@ -94,7 +100,8 @@ def export_onnx_batch(model: nn.Module, image: torch.Tensor, path: str, metadata
                 external_data=False,
                 verbose=False,
                 custom_translation_table={
-                    torch.ops.balanced_d2.suppress.default: translate_suppress
+                    torch.ops.balanced_d2.suppress.default: translate_suppress,
+                    torch.ops.aten.sort.stable: translate_stable_sort,
                 },
             )
         _finish(temporary, metadata)
@@ -111,12 +118,47 @@ def _import_onnx() -> None:
 
 
 def _finish(path: str, metadata: dict, boxes: int | None = None) -> None:
-    """Store the metadata, and the number of columns of the output with the boxes, in a file."""
+    """Store the metadata, and the number of columns of the output with the boxes, in a file; let it
+    divide integers as OpenVINO does, too."""
     import onnx
 
     exported = onnx.load(path)
+    _divide_exactly(exported.graph, onnx.shape_inference.infer_shapes(exported).graph)
     if boxes is not None:
         exported.graph.output[boxes].type.tensor_type.shape.dim[1].dim_value = 4
     onnx.helper.set_model_props(exported, {METADATA_FILE: json.dumps(metadata)})
     onnx.checker.check_model(exported)
     onnx.save(exported, path)
+
+
+def _divide_exactly(graph, inferred) -> None:
+    """Let every division of integers in a graph be one of multiples of the divisor.
+
+    ONNX cuts the result off. OpenVINO's CPU plugin does so only at the end of a chain of
+    element-wise operators, which it computes as floats: ``x / 32 * 32``, how an image is padded, is
+    ``x`` there, and the detections are others.
+
+    Args:
+        graph: changed in place.
+        inferred: the same with the types of all values.
+    """
+    import onnx
+
+    integers = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+    values = [*inferred.value_info, *inferred.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    nodes = []
+    for node, inferred_node in zip(graph.node, inferred.node, strict=True):
+        for attribute, inferred_attribute in zip(node.attribute, inferred_node.attribute):
+            if attribute.HasField("g"):
+                _divide_exactly(attribute.g, inferred_attribute.g)
+        if node.op_type == "Div" and types.get(node.output[0]) in integers:
+            rest, multiple = (f"{node.output[0]}_{name}" for name in ("rest", "multiple"))
+            nodes += [
+                onnx.helper.make_node("Mod", node.input, [rest], fmod=1),
+                onnx.helper.make_node("Sub", [node.input[0], rest], [multiple]),
+            ]
+            node.input[0] = multiple
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)

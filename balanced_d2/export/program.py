@@ -1,9 +1,6 @@
-"""Export by ``torch.export``: a program to load, or compiled ahead of time by AOTInductor."""
+"""Export by ``torch.export``."""
 
 import json
-import os
-import shutil
-import zipfile
 
 import torch
 from torch import nn
@@ -18,8 +15,6 @@ from balanced_d2.utils.files import replacing
 # What an exported program takes at most.
 MAX_BATCH = 1024
 MAX_SIDE = 16384
-
-COMPILERS = ("g++", "clang++")
 
 
 def export_pt2(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
@@ -39,36 +34,6 @@ def export_pt2(model: nn.Module, image: torch.Tensor, path: str, metadata: dict)
         torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
-def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
-    """Write a detector as a package that AOTInductor has compiled for this kind of machine.
-
-    Args:
-        model, image, metadata: as for :func:`export_pt2`.
-        path: the same, ending in ``.pt2``.
-
-    Raises:
-        UserError: also if there is no C++ compiler.
-    """
-    check_compiler()
-    program = export_program(model, image)
-    with replacing(path) as temporary, no_export_warnings():
-        torch._inductor.aoti_compile_and_package(program, package_path=temporary)
-        # Where torch.export.save has it, so that readers find it in the same way.
-        with zipfile.ZipFile(temporary, "a") as archive:
-            folder = archive.namelist()[0].split("/")[0]
-            archive.writestr(f"{folder}/extra/{METADATA_FILE}", json.dumps(metadata))
-
-
-def check_compiler() -> None:
-    """Raise :class:`UserError` if there is no C++ compiler, which AOTInductor needs."""
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    if not any(map(shutil.which, names)):
-        raise UserError(
-            f"--format aoti needs a C++ compiler, and none of {', '.join(names)} was found; "
-            "install g++, or use --format pt2"
-        )
-
-
 def export_program(
     model: nn.Module,
     image: torch.Tensor,
@@ -81,7 +46,15 @@ def export_program(
         model, suppression: as for :class:`BatchDeployable`.
         image: an example, shape (3, H, W).
         strict: whether Python's bytecode is analysed, as for ``torch.export.export``.
+
+    Raises:
+        UserError: if the model cannot be exported, or by this version of PyTorch.
     """
+    if not hasattr(torch, "while_loop"):
+        raise UserError(
+            f"this export needs torch.while_loop, which PyTorch {torch.__version__} does not have; "
+            "update PyTorch (2.14 is tried)"
+        )
     deployable = BatchDeployable(model, suppression)
     example = image.float().expand(2, -1, -1, -1).contiguous()  # one would be taken for a constant
     shapes = {

@@ -2,9 +2,9 @@
 """Run a detector written by export_model.py on images.
 
 Needs neither Detectron2 nor any other file of this project, only torch and torchvision for a
-TorchScript file, a torch.export program or an AOTInductor package, onnxruntime for an ONNX file,
-NumPy and Pillow for all, and OpenCV for a model that predicts masks. Which kind a file is of is
-found from the file. For each image, one line of JSON is printed to standard output:
+TorchScript file or a torch.export program, onnxruntime for an ONNX file, NumPy and Pillow for all,
+and OpenCV for a model that predicts masks. Which kind a file is of is found from the file. For each
+image, one line of JSON is printed to standard output:
 
     {"image": FILE, "height": H, "width": W, "seconds": LATENCY, "detections":
         [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
@@ -173,14 +173,6 @@ def load_pt2(path: str, device: str):
     return with_tensors(torch.export.load(path).module(), device), None
 
 
-def load_aoti(path: str, device: str):
-    check_cpu(device)
-    import torch
-    import torchvision  # noqa: F401  # its operators
-
-    return with_tensors(torch._inductor.aoti_load_package(path), device), None
-
-
 def with_tensors(model, device: str):
     """A model of PyTorch as a function of arrays."""
     import torch
@@ -211,7 +203,7 @@ def load_onnx(path: str, device: str):
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA)
 
 
-LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2, "aoti": load_aoti}
+LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2}
 
 
 def main(args: argparse.Namespace) -> int:
