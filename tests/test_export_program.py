@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torchvision.ops import nms
 
 from balanced_d2 import export
@@ -17,7 +18,7 @@ from balanced_d2.export.nms import suppress
 from balanced_d2.export.onnx import _divide_exactly
 from balanced_d2.utils.errors import UserError
 
-from .conftest import load_tool
+from .conftest import TINY_CONFIG, load_tool
 from .test_export import (
     ARCHITECTURES,
     KEYPOINTS,
@@ -161,6 +162,33 @@ def test_onnx_of_batches_equals_the_model(tmp_path):
     ]
     properties = session.get_modelmeta().custom_metadata_map
     assert json.loads(properties["balanced_d2.json"]) == METADATA
+
+
+@pytest.mark.slow
+def test_tool_and_runner(run_here, tmp_path):
+    """Exported, verified by a process of its own, and run on a picture, as users do."""
+    opts = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    opts += ["INPUT.MIN_SIZE_TEST", "96", "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"]
+    opts += ["DATASETS.TEST", "()", "MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    torch.save({"model": small_model().state_dict()}, tmp_path / "model.pth")
+    pixels = smooth_image(150, 221).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    result = run_here(
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--format", "pt2"),
+        *("--output", tmp_path, "--sample-image", tmp_path / "photo.png", *opts),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "written by torch.export" in result.stdout and "deprecated" not in result.stdout
+    assert "equal: boxes within 0.001 px, scores within 1e-05" in result.stdout
+    described = json.loads(stored(tmp_path / "model.pt2"))
+    assert (described["format"], described["format_version"]) == ("pt2", 2)
+    assert described["versions"]["balanced_d2"] and described["class_names"] == ["0", "1", "2"]
+    result = run_here(
+        *("tools/run_exported.py", tmp_path / "model.pt2", tmp_path / "photo.png"),
+        *("--threshold", "0"),
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    assert len(json.loads(result.stdout)["detections"]) == 100
 
 
 def stored(path):
