@@ -245,7 +245,7 @@ def test_names_taken_by_the_user_are_left_alone():
     program = (
         "from detectron2.data import DatasetCatalog\n"
         "DatasetCatalog.register('bccd_train', lambda: ['mine'])\n"
-        "import balanced_d2\n"
+        "from balanced_d2 import load_config\n"
         "assert DatasetCatalog.get('bccd_train') == ['mine']\n"
         "assert {'bccd_val', 'balanced_shapes_train'} <= set(DatasetCatalog)\n"
         "import importlib, balanced_d2.data.datasets.builtin\n"
