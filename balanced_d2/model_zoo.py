@@ -10,6 +10,9 @@
 
 from typing import Optional
 
+import balanced_d2.utils.requirements  # noqa: F401
+
+# isort: split
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 from torch import nn

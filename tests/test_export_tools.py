@@ -73,6 +73,7 @@ def bare(tmp_path_factory):
 def run_python(code, env):
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=os.sep,  # where the project is not imported from the current folder
         env={**os.environ, **env},
         capture_output=True,
         text=True,

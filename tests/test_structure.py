@@ -62,6 +62,16 @@ def test_what_runs_alone_imports_nothing_of_the_package():
     assert not [name for name in imports(runner) if name.startswith("balanced_d2")]
 
 
+def test_parts_check_first_for_detectron2():
+    """Before they import it, so that the message is ours, and the import quiet."""
+    for part in LEVEL.keys() - {"utils", "layers", "commands"}:
+        file = PACKAGE / part / "__init__.py"
+        file = file if file.is_file() else PACKAGE / f"{part}.py"
+        needed = (n for n in imports(file) if n.partition(".")[0] in ("balanced_d2", "detectron2"))
+        first = next(needed)
+        assert first in ("balanced_d2.utils.requirements", "balanced_d2.modeling"), file
+
+
 def test_layers_need_no_detectron2():
     for file in sorted((PACKAGE / "layers").rglob("*.py")):
         assert not [name for name in imports(file) if name.startswith("detectron2")], file

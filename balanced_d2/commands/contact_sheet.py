@@ -3,12 +3,14 @@
 import argparse
 import os
 
-import cv2
-
+# First, because it says which OpenCV to install if there is none.
 from balanced_d2.data import add_register_argument, check_registered, register_from
 from balanced_d2.evaluation.predictions import add_predictions_argument, load_predictions
 from balanced_d2.utils.errors import UserError
 from balanced_d2.visualization import draw_contact_sheet
+
+# isort: split
+import cv2
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,5 +1,8 @@
 """Export of trained detectors to files for use without Detectron2."""
 
+import balanced_d2.utils.requirements  # noqa: F401
+
+# isort: split
 from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import BATCH_FORMATS, Deployable, check_exportable
 from balanced_d2.export.metadata import describe

@@ -1,5 +1,8 @@
 """Pictures of data and results."""
 
+import balanced_d2.utils.requirements  # noqa: F401
+
+# isort: split
 from balanced_d2.visualization.contact_sheet import draw_contact_sheet
 from balanced_d2.visualization.detections import as_records
 
