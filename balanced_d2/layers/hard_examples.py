@@ -3,7 +3,6 @@
 from typing import Any, Dict, Tuple
 
 import torch
-from torchvision.ops import nms
 
 from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS
 from balanced_d2.utils.errors import UserError
@@ -57,4 +56,7 @@ class HardExampleSampler:
         """
         if self.nms_threshold == 1:
             return losses.topk(min(num_samples, len(losses))).indices
+        # Here, so that all else in layers/ needs PyTorch alone.
+        from torchvision.ops import nms
+
         return nms(boxes.float(), losses.float(), self.nms_threshold)[:num_samples]
