@@ -12,7 +12,6 @@ from PIL import Image
 from torchvision.ops import nms
 
 from balanced_d2 import export
-from balanced_d2.export import program
 from balanced_d2.export.batched import _best, _move_apart
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.onnx import _divide_exactly
@@ -139,14 +138,6 @@ def test_program_equals_the_model(name, tmp_path):
     assert_equal(model, run, SMALLEST)
     assert assert_equal(silence(model), silence(run), BATCHES[0]) == 0
     assert json.loads(stored(tmp_path / "pt2.pt2")) == METADATA
-
-
-@pytest.mark.slow
-def test_strict_program_equals_the_model():
-    model = small_model()
-    run = program.export_program(model, smooth_image(120, 140), strict=True).module()
-    for batch in (BATCHES[0], SMALLEST):
-        assert_equal(model, run, batch)
 
 
 @pytest.mark.slow

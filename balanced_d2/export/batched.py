@@ -230,8 +230,10 @@ class BatchDeployable(nn.Module):
         heads = self.model.roi_heads
         slots, images = _slots(valid)
         levels = [features[name] for name in heads.mask_in_features]
-        pooled = _pool(heads.mask_pooler, levels, boxes.flatten(0, 1)[slots], images)
-        logits = heads.mask_head.layers(pooled)
+        # With one box more there is always one, for which Detectron2's convolutions ask.
+        chosen = F.pad(boxes.flatten(0, 1)[slots], (0, 0, 0, 1))
+        pooled = _pool(heads.mask_pooler, levels, chosen, F.pad(images, (0, 1)))
+        logits = heads.mask_head.layers(pooled).narrow(0, 0, slots.shape[0])
         if logits.shape[1] > 1:
             label = classes.flatten()[slots][:, None, None, None]
             logits = logits.gather(1, label.expand(-1, 1, *logits.shape[2:]))

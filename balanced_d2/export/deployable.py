@@ -166,6 +166,8 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
             raise UserError(
                 f"a model with {kind.__name__} in the place of {known.__name__} {advice}"
             )
+    if any(isinstance(module, nn.Conv2d) for module in heads.box_head.modules()):
+        raise UserError(f"a model with convolutions in its box head {advice}")
 
 
 def cannot_be_exported(meta_architecture: str) -> UserError:

@@ -35,17 +35,13 @@ def export_pt2(model: nn.Module, image: torch.Tensor, path: str, metadata: dict)
 
 
 def export_program(
-    model: nn.Module,
-    image: torch.Tensor,
-    suppression: Suppression = suppress,
-    strict: bool = False,
+    model: nn.Module, image: torch.Tensor, suppression: Suppression = suppress
 ) -> torch.export.ExportedProgram:
     """:class:`BatchDeployable` of a model as a program for images of every number and size.
 
     Args:
         model, suppression: as for :class:`BatchDeployable`.
         image: an example, shape (3, H, W).
-        strict: whether Python's bytecode is analysed, as for ``torch.export.export``.
 
     Raises:
         UserError: if the model cannot be exported, or by this version of PyTorch.
@@ -64,5 +60,5 @@ def export_program(
     }
     with no_export_warnings(), torch.no_grad():
         return torch.export.export(
-            deployable, (example,), dynamic_shapes={"images": shapes}, strict=strict
+            deployable, (example,), dynamic_shapes={"images": shapes}, strict=False
         )
