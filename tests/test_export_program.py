@@ -17,7 +17,7 @@ from balanced_d2.export.nms import suppress
 from balanced_d2.export.onnx import _divide_exactly
 from balanced_d2.utils.errors import UserError
 
-from .conftest import TINY_CONFIG, load_tool
+from .conftest import TINY_CONFIG
 from .test_export import (
     ARCHITECTURES,
     KEYPOINTS,
@@ -212,7 +212,8 @@ def test_runner_reads_fixed_slots_and_refuses_newer_files(tmp_path):
             number = torch.ones(images.shape[0], dtype=torch.long)
             return number, boxes, scores, torch.ones_like(scores, dtype=torch.long)
 
-    runner = load_tool("run_exported")
+    from balanced_d2.export import run_exported as runner
+
     described = {
         "format": "pt2",
         "format_version": 2,

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from balanced_d2.export.deployable import check_exportable, output_names
 from balanced_d2.export.nms import MAX_MOVED, suppress
+from balanced_d2.modeling import BalancedFastRCNNOutputLayers
+from balanced_d2.utils.compat import has_sigmoid_scores
 
 # Boxes (R, C, 4), scores (R, C) and an IoU to the boxes kept in each row, bool of shape (R, C).
 Suppression = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -379,9 +381,9 @@ def _spread(
 
 
 def _probabilities(predictor: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    if getattr(predictor, "use_sigmoid_ce", False):  # not in Detectron2 0.6
-        return logits.sigmoid()
-    return logits.softmax(dim=1)
+    if isinstance(predictor, BalancedFastRCNNOutputLayers):
+        return predictor.probabilities(logits)
+    return logits.sigmoid() if has_sigmoid_scores(predictor) else logits.softmax(dim=1)
 
 
 def _pool(

@@ -12,6 +12,7 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from detectron2.structures import Instances
 from torch import nn
 
+from balanced_d2.modeling import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
 
 # Those that take a batch and return a fixed number of detections.
@@ -156,7 +157,9 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
         methods[type(heads)] = (StandardROIHeads, "_forward_box")
     predictors = getattr(heads, "box_predictor", ())
     for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-        methods[type(predictor)] = (FastRCNNOutputLayers, "predict_probs")
+        is_ours = isinstance(predictor, BalancedFastRCNNOutputLayers)
+        base = BalancedFastRCNNOutputLayers if is_ours else FastRCNNOutputLayers
+        methods[type(predictor)] = (base, "predict_probs")
     if _branches(model)["masks"]:
         methods[type(heads.mask_head)] = (BaseMaskRCNNHead, "forward")
         if heads.mask_pooler is None:

@@ -116,10 +116,10 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         scores, deltas = predictions
         if self.classification_loss is None:
             if self.class_groups is not None and len(proposals):
-                _log_groups(self.class_groups, self._probabilities(scores.detach()), proposals)
+                _log_groups(self.class_groups, self.probabilities(scores.detach()), proposals)
             return super().losses(predictions, proposals)
         classes = cat([p.gt_classes for p in proposals])
-        probabilities = self._probabilities(scores.detach())
+        probabilities = self.probabilities(scores.detach())
         _log_classification_stats(probabilities, classes)
         if self.class_groups is not None:
             _log_groups(self.class_groups, probabilities, proposals)
@@ -193,8 +193,14 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             deltas = deltas.gather(1, classes[foreground].view(-1, 1, 1).expand(-1, 1, box_dim))
         return deltas.squeeze(1)
 
-    def _probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """Shape (R, num_classes + 1), of logits."""
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            scores: logits, shape (R, num_logits).
+
+        Returns:
+            Shape (R, num_classes + 1), the background last.
+        """
         if self.classification_loss is not None:
             return self.classification_loss.probabilities(scores)
         return scores.sigmoid() if has_sigmoid_scores(self) else F.softmax(scores, dim=-1)
