@@ -75,16 +75,17 @@ def datasets(draw):
     )
     found = {split: {} for split in splits}
     for i, stem in enumerate(stems):
-        size = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+        size = draw(st.tuples(st.integers(8, 60), st.integers(8, 60)))
         boxes = [
             (draw(st.sampled_from(classes)), x0, y0, x1, y1)
             for (x0, x1), (y0, y1) in draw(st.lists(st.tuples(corners, corners), max_size=4))
         ]
         found[splits[i % len(splits)]][stem] = (size, boxes)
-    # Formats do not know that there is a split in which nothing is labelled.
+    # Formats do not know that there is a split in which nothing is labelled, and boxes that all end
+    # within the first pixel are taken for fractions.
     for images in found.values():
         stem, (size, boxes) = next(iter(images.items()))
-        images[stem] = (size, boxes or [(classes[0], 0.25, 0.25, 0.5, 0.75)])
+        images[stem] = (size, [*boxes, (classes[0], 0.25, 0.25, 0.5, 0.75)])
     return found, classes
 
 
