@@ -23,7 +23,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "CHANGELOG.md"]
 PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 MARK = "not run by the tests: "
 # For what is not available on this machine, or is run elsewhere.
-REASONS = "needs |it runs them|takes (half an hour|four hours|half a day)|it serves until it is stopped"
+REASONS = "needs |it runs them|takes (half an?|four) |it serves until it is stopped"
 
 
 class Block(NamedTuple):
