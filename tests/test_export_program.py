@@ -18,6 +18,7 @@ from balanced_d2.export.onnx import _divide_exactly
 from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_CONFIG
+from .test_backbones import ON_TIMM
 from .test_export import (
     ARCHITECTURES,
     KEYPOINTS,
@@ -128,10 +129,14 @@ def exported(model, kind, folder):
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
+# Networks of timm pad by the size of their input.
+ON_TIMM_ALONE = [*ON_TIMM, "MODEL.TIMM.PRETRAINED", "False"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "cascade with masks", "RetinaNet"])
+@pytest.mark.parametrize("name", ["plain", "cascade with masks", "RetinaNet", "timm"])
 def test_program_equals_the_model(name, tmp_path):
-    model = small_model(*ARCHITECTURES.get(name, []))
+    model = small_model(*(ON_TIMM_ALONE if name == "timm" else ARCHITECTURES.get(name, [])))
     run = exported(model, "pt2", tmp_path)
     for batch in BATCHES:
         assert assert_equal(model, run, batch) > 0

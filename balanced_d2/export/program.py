@@ -1,9 +1,13 @@
 """Export by ``torch.export``."""
 
 import json
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Iterator, List
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from balanced_d2.export.batched import BatchDeployable, Suppression
 from balanced_d2.export.metadata import METADATA_FILE
@@ -58,7 +62,34 @@ def export_program(
         2: torch.export.Dim("height", min=1, max=MAX_SIDE),
         3: torch.export.Dim("width", min=1, max=MAX_SIDE),
     }
-    with no_export_warnings(), torch.no_grad():
+    with no_export_warnings(), torch.no_grad(), _constant_padding(model):
         return torch.export.export(
             deployable, (example,), dynamic_shapes={"images": shapes}, strict=False
         )
+
+
+@contextmanager
+def _constant_padding(model: nn.Module) -> Iterator[None]:
+    """Let timm's convolutions with "same" padding pad by constants.
+
+    They compute the padding from the size of their input, in expressions that ``torch.export``
+    cannot simplify. A detector pads its images to multiples of the coarsest stride, so that every
+    input is a multiple of its convolution's stride, and then the padding is always the same.
+    """
+    convs: Any = [m for m in model.modules() if type(m).__name__ == "Conv2dSame"]
+    for conv in convs:
+        conv.forward = partial(_pad_and_convolve, conv)
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.forward
+
+
+def _pad_and_convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    padding: List[int] = []
+    for size, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation):
+        total = max((size - 1) * dilation + 1 - stride, 0)
+        padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the width
+    x = F.pad(x, padding)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
