@@ -243,20 +243,14 @@ def test_heads_that_offer_no_losses():
     class Heads(BalancedSamplingMixin, ROIHeads):
         pass
 
+    arguments = {
+        "num_classes": 4,
+        "batch_size_per_image": 8,
+        "positive_fraction": 0.25,
+        "proposal_matcher": small_heads().proposal_matcher,
+        "negative_sampler": HardExampleSampler(),
+    }
     with pytest.raises(UserError, match="Heads does not offer the losses.*BalancedROIHeads"):
-        Heads(
-            num_classes=4,
-            batch_size_per_image=8,
-            positive_fraction=0.25,
-            proposal_matcher=small_heads().proposal_matcher,
-            negative_sampler=HardExampleSampler(),
-        )
+        Heads(**arguments)
     with pytest.raises(UserError, match="positives and negatives together"):
-        Heads(
-            num_classes=4,
-            batch_size_per_image=8,
-            positive_fraction=0.25,
-            proposal_matcher=small_heads().proposal_matcher,
-            negative_sampler=HardExampleSampler(),
-            positive_sampler=sample_instance_balanced,
-        )
+        Heads(**arguments, positive_sampler=sample_instance_balanced)

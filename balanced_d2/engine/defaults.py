@@ -123,12 +123,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         UserError: on anything in the arguments, the config, the weights or the data that the user
             can fix.
     """
-    if args.overwrite and (args.resume or args.eval_only):
+    if args.resume or args.eval_only:
         other = "--resume" if args.resume else "--eval-only"
-        raise UserError(f"--overwrite begins a training again, {other} does not: leave one out")
-    if args.dry_run and (args.resume or args.eval_only):
-        other = "--resume" if args.resume else "--eval-only"
-        raise UserError(f"--dry-run is for a training that begins: leave {other} out")
+        if args.overwrite:
+            raise UserError(f"--overwrite begins a training again, {other} does not: leave one out")
+        if args.dry_run:
+            raise UserError(f"--dry-run is for a training that begins: leave {other} out")
     register_from(args)
     args.config_file = find_config(args.config_file)
     cfg = read_config(args.config_file, args.opts)
