@@ -52,6 +52,14 @@ ROWS: Dict[str, Options] = {
     "plain, canonical size 224": LARGE,
     "all, canonical size 224": [*ALL, *LARGE],
 }
+# Why all balances on a new pyramid can be worse than none (docs/finetune.md).
+ALL_AT_ONCE = [*SAMPLING, *AT_ONCE, *LOSS]
+VARIANTS: Dict[str, Options] = {
+    "all at once": ALL_AT_ONCE,
+    "all at once, averaged only": refined_by("none", ALL_AT_ONCE),
+    "all at once, normalised pyramid": [*ALL_AT_ONCE, "MODEL.FPN.NORM", "GN"],
+    "plain, normalised pyramid": ["MODEL.FPN.NORM", "GN"],
+}
 CONFIG = "Aquarium/faster_rcnn_lite0_FPN_1x.yaml"
 
 
@@ -79,5 +87,5 @@ DATA = {
 }
 
 if __name__ == "__main__":
-    study = Study(ROWS, {}, DATA, "studies/finetune/train_net.py")
+    study = Study(ROWS, VARIANTS, DATA, "studies/finetune/train_net.py")
     sys.exit(command(study, str(__doc__), "output/finetune_study"))
