@@ -20,6 +20,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 from balanced_d2.analysis.metrics import read_metrics
 from balanced_d2.config import load_config
 from balanced_d2.data.datasets.shapes import ShapesConfig, ensure_shapes
+from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError, check_choice, first_of, report_user_errors
 from balanced_d2.utils.files import check_writable, open_replacing
 from balanced_d2.utils.randomness import seed_all
@@ -216,7 +217,7 @@ def _parse_args(study: Study, description: str, output: str) -> argparse.Namespa
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default=next(iter(study.data)), choices=list(study.data))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N")
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], metavar="N")
     parser.add_argument("--rows", nargs="+", default=list(study.rows), metavar="ROW")
     parser.add_argument(
         "--results", required=True, metavar="FILE.jsonl", help="lines are appended to it"
@@ -228,4 +229,13 @@ def _parse_args(study: Study, description: str, output: str) -> argparse.Namespa
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options for all rows"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    # --rows and --seeds take all words that follow.
+    args.rows, after_rows = split_at_key(args.rows, key=DOTTED_KEY)
+    seeds, after_seeds = split_at_key(args.seeds, key=DOTTED_KEY)
+    args.opts = after_rows + after_seeds + args.opts
+    try:
+        args.seeds = [int(seed) for seed in seeds]
+    except ValueError:
+        parser.error(f"--seeds takes whole numbers, not {' '.join(seeds)}")
+    return args

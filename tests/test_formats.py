@@ -11,7 +11,7 @@ from PIL import Image
 
 from balanced_d2.data.checks.for_model import load
 from balanced_d2.data.datasets.register import register_source
-from balanced_d2.utils.arguments import split_at_key
+from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_MODEL, assert_user_error, logged, run_program, train_net
@@ -354,6 +354,8 @@ def test_words_of_the_config():
         (["a", "b"], 2),
     ):
         assert split_at_key(words, start=2) == (words[:taken], words[taken:])
+    names = ["plain", "OHEM", "SOLVER.MAX_ITER", "2"]
+    assert split_at_key(names, key=DOTTED_KEY) == (names[:2], names[2:])
 
 
 def test_programs(tmp_path, train_net_here, run_here):

@@ -39,8 +39,8 @@ def estimates():
 
 def train(results, output, datasets, *arguments, opts=(), study="bccd_ablation"):
     return run_program(
-        *("-m", f"studies.{study}.train", *arguments, "--results", results),
-        *("--output", output, *OPTS, *opts),
+        *("-m", f"studies.{study}.train", "--results", results, "--output", output),
+        *(*arguments, *OPTS, *opts),
         env={"DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
     )
 

@@ -7,7 +7,6 @@ first dataset is taken for the training data.
 
 import argparse
 import os
-import re
 from typing import Optional
 
 # First, so that importing Detectron2 is quiet.
@@ -24,6 +23,7 @@ from balanced_d2.data.checks.collect import findings_of, image_findings
 from balanced_d2.data.checks.records import report
 from balanced_d2.data.datasets.register import add_register_argument
 from balanced_d2.engine import build_predictor, config_from, prepare_datasets
+from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import check_writable
 from balanced_d2.utils.progress import WithBar
@@ -104,12 +104,8 @@ def negatives_of(cfg: CfgNode, name: str, num_iterations: int) -> Optional[Sampl
 
 def split_options(args: argparse.Namespace) -> None:
     """Move ``KEY VALUE`` pairs that have been taken for names to the options."""
-    args.opts = []
-    for i, word in enumerate(args.names):
-        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+", word):
-            args.names, args.opts = args.names[:i], args.names[i:]
-            break
-    args.names = list(dict.fromkeys(args.names))
+    names, args.opts = split_at_key(args.names, key=DOTTED_KEY)
+    args.names = list(dict.fromkeys(names))
     if not args.names:
         raise UserError("give the name of at least one dataset")
 
