@@ -462,27 +462,36 @@ def losses(output):
     return [line for line in logged(output) if "total_loss" in line]
 
 
+# With everything sampled, losses do not depend on chance.
+ALL_SAMPLED = [
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4000", "MODEL.RESNETS.NORM", "FrozenBN"),
+    *("SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001"),
+    *("DATALOADER.ASPECT_RATIO_GROUPING", "False"),
+]
+
+
+def train_in_one_and_two_processes(tiny_coco, tmp_path, *opts):
+    for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
+        command = arguments(tiny_coco, tmp_path / name, *ALL_SAMPLED, *opts)
+        returncode, text = finish(command, launcher, env=ONE_THREAD)
+        assert returncode == 0, text
+
+
 @needs_localhost
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_coco, tmp_path):
-    """Everything is sampled, so the losses do not depend on chance."""
-    all_sampled = [
-        *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.RPN.POSITIVE_FRACTION", "1.0"),
-        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4000", "MODEL.RESNETS.NORM", "FrozenBN"),
-        *("SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001"),
-        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "-1.0"),
-        *("DATASETS.TEST", "('tiny',)", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
-    ]
-    for name, launcher in (("one", (sys.executable,)), ("two", TORCHRUN)):
-        command = arguments(tiny_coco, tmp_path / name, *all_sampled)
-        returncode, text = finish(command, launcher, env=ONE_THREAD)
-        assert returncode == 0, text
+    evaluated = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "-1.0", "DATASETS.TEST", "('tiny',)"]
+    train_in_one_and_two_processes(tiny_coco, tmp_path, *evaluated)
     one, two = (losses(tmp_path / name)[-1]["total_loss"] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=0.03)
     assert not list((tmp_path / "two").glob("**/*rank1*.pth"))
 
     # Evaluated by two processes, the first model gives the same detections.
-    evaluation = ["--eval-only", *arguments(tiny_coco, tmp_path / "evaluated", *all_sampled)]
+    evaluation = [
+        "--eval-only",
+        *arguments(tiny_coco, tmp_path / "evaluated", *ALL_SAMPLED, *evaluated),
+    ]
     weights_of_one = ["MODEL.WEIGHTS", tmp_path / "one" / "model_final.pth"]
     returncode, text = finish([*evaluation, *weights_of_one], TORCHRUN, env=ONE_THREAD)
     assert returncode == 0, text[-8000:]
@@ -495,6 +504,24 @@ def test_two_processes_train_as_one(tiny_coco, tmp_path):
         return sorted(detections, key=lambda d: (d["image_id"], -d["score"], d["bbox"]))
 
     assert expected and in_order(got) == in_order(expected)
+
+
+@needs_localhost
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_a_class_loss(tiny_coco, tmp_path):
+    """Seesaw loss, whose counts are those of all processes: equal until weights differ."""
+    seesaw = ["MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", "seesaw", "SOLVER.BASE_LR", "1e-6"]
+    train_in_one_and_two_processes(tiny_coco, tmp_path, *seesaw)
+    for line in zip(*(losses(tmp_path / name) for name in ("one", "two"))):
+        one, two = (values["total_loss"] for values in line)
+        assert two == pytest.approx(one, rel=0.03)
+    one, two = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        for name in ("one", "two")
+    )
+    counts = "roi_heads.box_predictor.classification_loss.counts"
+    assert one[counts].sum() > 500 and one[counts].min() > 0
+    assert torch.equal(one[counts], two[counts])
 
 
 def children(parent):
