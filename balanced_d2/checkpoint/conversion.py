@@ -3,12 +3,14 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from balanced_d2.config import load_config
+from balanced_d2.config.zoo import get_config_file
 from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.files import check_writable, replacing
 
@@ -160,19 +162,38 @@ def sizes_before_ratios(per_anchor: torch.Tensor) -> torch.Tensor:
     return grouped.transpose(0, 1).reshape(per_anchor.shape).contiguous()
 
 
-def check_output(source: str, output: str) -> None:
-    """Raise :class:`UserError` if the new file cannot be written, or would replace the old one."""
+def convert_file(
+    source: str,
+    output: str,
+    checkpoint: object,
+    recognise: Callable[[State], Recognised],
+    convert: Callable[[State, Any, CfgNode], State],
+    key: str = "state_dict",
+) -> None:
+    """Write the model of a checkpoint as one of this project, and print how to use it.
+
+    Args:
+        source: the name of the checkpoint.
+        output: the new file.
+        checkpoint: its content, for :func:`state_dict_of` with ``key``.
+        recognise: what model its tensors are of.
+        convert: the new tensors; the last argument is the config of the model.
+
+    Raises:
+        UserError: if it is no such checkpoint, or the new file cannot be written or would replace
+            the old one.
+    """
     if os.path.exists(source) and os.path.exists(output) and os.path.samefile(source, output):
         raise UserError(f"the output would replace the checkpoint {source}")
     check_writable(output)
-
-
-def write(converted: State, recognised: Recognised, output: str) -> None:
-    """Write a converted model, and print what it is and how to use it.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    try:
+        state = state_dict_of(checkpoint, key)
+        recognised = recognise(state)
+        config = f"{recognised.project}/{recognised.config}"
+        cfg = load_config(get_config_file(config), recognised.options)
+        converted = convert(state, recognised, cfg)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     print(f"recognised: {recognised}", flush=True)
     try:
         with replacing(output) as temporary:
@@ -183,8 +204,7 @@ def write(converted: State, recognised: Recognised, output: str) -> None:
     size = os.path.getsize(output) / 1e6
     print(f"written: {output} ({len(converted)} tensors, {size:.1f} MB)")
     options = " ".join(["MODEL.WEIGHTS", output, *recognised.options])
-    config = f"configs/{recognised.project}/{recognised.config}"
-    print(f"use it with: --config-file {config} {options}")
+    print(f"use it with: --config-file configs/{config} {options}")
 
 
 def _is_counter(name: str) -> bool:

@@ -8,24 +8,12 @@ import argparse
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import conversion, mmdet
 from balanced_d2.checkpoint.unpickle import load_inert
-from balanced_d2.config import load_config
-from balanced_d2.config.zoo import get_config_file
-from balanced_d2.utils.errors import UserError
 
 
 def main(args: argparse.Namespace) -> None:
-    checkpoint = load_inert(args.checkpoint)
-    conversion.check_output(args.checkpoint, args.output)
-    try:
-        state = conversion.state_dict_of(checkpoint)
-        recognised = mmdet.recognise(state)
-        cfg = load_config(
-            get_config_file(f"{recognised.project}/{recognised.config}"), recognised.options
-        )
-        converted = mmdet.convert(state, recognised, cfg)
-    except UserError as error:
-        raise UserError(f"{args.checkpoint}: {error}") from error
-    conversion.write(converted, recognised, args.output)
+    conversion.convert_file(
+        args.checkpoint, args.output, load_inert(args.checkpoint), mmdet.recognise, mmdet.convert
+    )
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,29 +5,20 @@ No pickled code in a checkpoint is run.
 
 import argparse
 import os
+from functools import partial
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import conversion, torchvision
 from balanced_d2.checkpoint.unpickle import load_inert
-from balanced_d2.config import load_config
-from balanced_d2.config.zoo import get_config_file
-from balanced_d2.utils.errors import UserError
 
 
 def main(args: argparse.Namespace) -> None:
     is_file = os.path.exists(args.weights) or args.weights.endswith((".pth", ".pt"))
     checkpoint = load_inert(args.weights) if is_file else torchvision.download(args.weights)
-    conversion.check_output(args.weights, args.output)
-    try:
-        state = conversion.state_dict_of(checkpoint, "model")
-        recognised = torchvision.recognise(state, args.epsilon)
-        cfg = load_config(
-            get_config_file(f"{recognised.project}/{recognised.config}"), recognised.options
-        )
-        converted = torchvision.convert(state, recognised, cfg)
-    except UserError as error:
-        raise UserError(f"{args.weights}: {error}") from error
-    conversion.write(converted, recognised, args.output)
+    recognise = partial(torchvision.recognise, epsilon=args.epsilon)
+    conversion.convert_file(
+        args.weights, args.output, checkpoint, recognise, torchvision.convert, key="model"
+    )
 
 
 def parse_args() -> argparse.Namespace:
