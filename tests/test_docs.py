@@ -20,7 +20,11 @@ from .conftest import ROOT, has_localhost, write_bccd, write_coco
 pytestmark = pytest.mark.slow
 
 PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "CHANGELOG.md"]
-PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+PAGES += sorted(
+    str(page.relative_to(ROOT))
+    for pattern in ("docs/*.md", "studies/*/README.md")
+    for page in ROOT.glob(pattern)
+)
 MARK = "not run by the tests: "
 # For what is not available on this machine, or is run elsewhere.
 REASONS = "needs |it runs them|takes (half an?|four) |it serves until it is stopped"
