@@ -193,6 +193,15 @@ def test_balanced_levels(cfg):
         balance_levels(predictor, image)
 
 
+def test_balanced_levels_in_mixed_precision(cfg):
+    image = np.random.default_rng(0).integers(0, 256, (100, 136, 3), dtype=np.uint8)
+    exact = balance_levels(build_predictor(cfg.clone(), "visualize"), image)
+    mixed = cfg.clone()
+    mixed.TEST.AMP.ENABLED = True
+    for level, wanted in zip(balance_levels(build_predictor(mixed, "visualize"), image), exact):
+        assert energy(level.after) == pytest.approx(energy(wanted.after), rel=0.05)
+
+
 def test_plot_features(run_here, opts, demo, tmp_path):
     image = next((demo / "datasets" / "balanced_shapes" / "val").iterdir())
     arguments = ["--config-file", DEMO_CONFIG, "--output", tmp_path]
