@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import contextmanager
 
@@ -24,7 +22,15 @@ from balanced_d2.checkpoint import BalancedCheckpointer
 from balanced_d2.commands import web_demo
 from balanced_d2.utils.errors import UserError
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_user_error, run_program
+from .conftest import (
+    ROOT,
+    TINY_CONFIG,
+    TINY_MODEL,
+    assert_user_error,
+    chromium,
+    run_program,
+    wait_for,
+)
 
 PLAIN = ("MODEL.BALANCED_FPN.ENABLED", "False")
 
@@ -245,27 +251,8 @@ def test_a_port_that_is_taken(trained, run_here):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("needs chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
-        options.add_argument(f"--{argument}")
-    options.add_argument("--window-size=1400,1180")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.1)
-    return value
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.mark.slow
