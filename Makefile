@@ -10,7 +10,7 @@ INSTALLATION := $(shell find balanced_d2/installation -name '*.py')
 DEMO_CONFIG := configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml
 DEMO_OUTPUT := output/demo
 
-.PHONY: demo test test-fast soak lint benchmark setup check-fresh clean
+.PHONY: demo test test-fast soak lint docs benchmark setup check-fresh clean
 
 demo: $(READY)
 	rm -rf $(DEMO_OUTPUT)
@@ -51,6 +51,11 @@ benchmark: $(READY)
 
 setup: $(READY)
 
+# A broken link, or a docstring that cannot be read, is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "The documentation is in site/index.html"
+
 # The README's two commands on minimal machines.
 check-fresh:
 	$(PYTHON) tools/check_fresh.py
@@ -59,4 +64,4 @@ $(READY): requirements.txt setup.cfg setup.py pyproject.toml $(INSTALLATION)
 	$(PYTHON) balanced_d2/installation/set_up.py --venv $(VENV) --pip-args='$(PIP_ARGS)'
 
 clean:
-	rm -rf $(VENV) output datasets/balanced_shapes
+	rm -rf $(VENV) output site datasets/balanced_shapes

@@ -37,6 +37,7 @@ COMMANDS: Dict[str, Command] = {
     "plot-training": Command("plot_training", "plot curves of training runs"),
     "plot-sampling": Command("plot_sampling", "plot which negatives are sampled"),
     "plot-features": Command("plot_features", "draw the pyramid before and after balancing"),
+    "web-demo": Command("web_demo", "show a detector on a page in the browser"),
     "convert-mmdet": Command("convert_mmdet_weights", "convert MMDetection's Libra R-CNN"),
     "convert-torchvision": Command(
         "convert_torchvision_weights", "convert a COCO detector of torchvision"

@@ -7,9 +7,11 @@ import logging
 import math
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -253,6 +255,35 @@ def load_tool(name: str, folder: str = "tools"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def chromium():
+    """A browser without a window, by selenium; skips the test where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (program and driver):
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--window-size=1400,1180")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def wait_for(condition, seconds=120):
+    """What a function returns, once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.1)
+    return value
 
 
 # Trainings of a model of one layer, in this process, with evaluations whose results are given.

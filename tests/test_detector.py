@@ -138,6 +138,7 @@ def test_images_that_cannot_be_read(detector, image, tmp_path):
 
 def detector_of(network, **arguments):
     network.metadata, network.gray_range = Metadata(thing_classes=["square"]), None
+    network.model = None
     return Detector(network, **arguments)
 
 

@@ -1,10 +1,12 @@
 """The feature pyramid of an image before and after balancing."""
 
-from typing import List, NamedTuple
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from detectron2.engine import DefaultPredictor
+from torch import nn
 
 from balanced_d2.modeling import BalancedBackbone, BalancedFPN
 from balanced_d2.utils.errors import UserError
@@ -43,41 +45,60 @@ def balance_levels(predictor: DefaultPredictor, image: np.ndarray) -> List[Level
     Raises:
         UserError: if the model has no balanced feature pyramid.
     """
-    pyramids = [
-        m for m in predictor.model.modules() if isinstance(m, (BalancedFPN, BalancedBackbone))
-    ]
+    with recorded_levels(predictor.model) as levels:
+        predictor(image)
+    return levels
+
+
+@contextmanager
+def recorded_levels(model: nn.Module) -> Iterator[List[Level]]:
+    """Context manager for running a detector on one image.
+
+    Yields:
+        A list, which the model fills: as :func:`balance_levels` returns it.
+
+    Raises:
+        UserError: if the model has no balanced feature pyramid.
+    """
+    pyramids = [m for m in model.modules() if isinstance(m, (BalancedFPN, BalancedBackbone))]
     if not pyramids:
         raise UserError(
             "the model has no balanced feature pyramid: MODEL.BALANCED_FPN.ENABLED has to be True "
             "and MODEL.BACKBONE.NAME one of this project's builders"
         )
-    unbalanced: List[torch.Tensor] = []
-    balanced: List[torch.Tensor] = []
+    shapes = pyramids[0].output_shape()
+    size: List[int] = []
+    levels: List[Level] = []
 
-    def keep_inputs(module, inputs):
-        unbalanced.extend(inputs[0])
+    def keep_size(module, inputs):
+        (image,) = inputs[0]
+        size[:] = image["image"].shape[-2:]
 
-    def keep_outputs(module, inputs, output):
-        balanced.extend(output)
+    def keep_levels(module, inputs, output):
+        levels[:] = [
+            _level(name, shape.stride, size, before, after)
+            for (name, shape), before, after in zip(shapes.items(), inputs[0], output)
+        ]
 
-    balancer = pyramids[0].balancer
     handles = [
-        balancer.register_forward_pre_hook(keep_inputs),
-        balancer.register_forward_hook(keep_outputs),
+        model.register_forward_pre_hook(keep_size),
+        pyramids[0].balancer.register_forward_hook(keep_levels),
     ]
     try:
-        predictor(image)
+        yield levels
     finally:
         for handle in handles:
             handle.remove()
-    height, width = predictor.aug.get_transform(image).apply_image(image).shape[:2]
-    levels = []
-    shapes = pyramids[0].output_shape()
-    for (name, shape), before, after in zip(shapes.items(), unbalanced, balanced):
-        rows, columns = (-(-length // shape.stride) for length in (height, width))
 
-        def norms(features: torch.Tensor, rows=rows, columns=columns) -> np.ndarray:
-            return features[0, :, :rows, :columns].norm(dim=0).cpu().numpy()
 
-        levels.append(Level(name, shape.stride, norms(before), norms(after), norms(after - before)))
-    return levels
+def _level(
+    name: str, stride: int, size: Sequence[int], before: torch.Tensor, after: torch.Tensor
+) -> Level:
+    """A level of an image of a size (height and width), from features of shape (1, C, H, W)."""
+    rows, columns = (-(-length // stride) for length in size)
+
+    def norms(features: torch.Tensor) -> np.ndarray:
+        return features[0, :, :rows, :columns].norm(dim=0).cpu().numpy()
+
+    before, after = before.detach().float(), after.detach().float()
+    return Level(name, stride, norms(before), norms(after), norms(after - before))

@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         sources = list_sources(args.input, args.output)
     check_output(sources, args.output)
-    detector = load_detector(args)
+    detector = load_detector(args, args.confidence_threshold)
     use_font_for(tuple(detector.class_names))
     detect = functools.partial(detector, tile=args.tile, overlap=args.overlap)
 
@@ -105,8 +105,12 @@ def split_options(args: argparse.Namespace) -> None:
         args.opts = options + args.opts
 
 
-def load_detector(args: argparse.Namespace) -> Detector:
+def load_detector(args: argparse.Namespace, threshold: float) -> Detector:
     """The detector that the arguments name.
+
+    Args:
+        args: parsed with :func:`add_detector_arguments`.
+        threshold: the score that a detection has to exceed.
 
     Raises:
         UserError: on anything in them that the user can fix.
@@ -115,8 +119,8 @@ def load_detector(args: argparse.Namespace) -> Detector:
         raise UserError("give either --model or --config-file")
     if args.model:
         register_from(args)
-        return Detector.load(args.model, options=args.opts, threshold=args.confidence_threshold)
-    return Detector.from_config(config_from(args), "draw", args.confidence_threshold)
+        return Detector.load(args.model, options=args.opts, threshold=threshold)
+    return Detector.from_config(config_from(args), "draw", threshold)
 
 
 def list_sources(inputs: List[str], output: Optional[str]) -> List[Source]:
@@ -308,10 +312,16 @@ def parse_args() -> argparse.Namespace:
         metavar="PART",
         help="the part of a tile's side that neighbours have in common (default: 0.2)",
     )
+    add_detector_arguments(parser)
+    return parser.parse_args()
+
+
+def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model``, ``--config-file``, ``--register`` and ``KEY VALUE`` pairs, for
+    :func:`load_detector`."""
     parser.add_argument(
         "--model",
         metavar="PATH",
         help="instead of --config-file: the folder of a training, or an exported file",
     )
     add_model_arguments(parser, required=False)
-    return parser.parse_args()

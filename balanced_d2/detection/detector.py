@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from balanced_d2.data.image import read_image, take_image
@@ -44,6 +45,7 @@ class Detector:
 
     Attributes:
         metadata: of Detectron2, for its ``Visualizer``.
+        model: the model in PyTorch; None for an exported file.
     """
 
     def __init__(self, network: Network, batch_size: int = 4):
@@ -52,6 +54,7 @@ class Detector:
         self._network = network
         self.batch_size = batch_size
         self.metadata: Metadata = network.metadata
+        self.model: Optional[nn.Module] = network.model
 
     @classmethod
     def load(

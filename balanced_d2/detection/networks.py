@@ -9,6 +9,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from torch import nn
 
 from balanced_d2.export import run_exported
 from balanced_d2.utils.errors import UserError
@@ -20,10 +21,12 @@ class Network(Protocol):
     Attributes:
         metadata: with ``thing_classes``, the names of the classes.
         gray_range: for :func:`balanced_d2.data.image.read_image`.
+        model: in PyTorch; None if the network is not one.
     """
 
     metadata: Metadata
     gray_range: Optional[float]
+    model: Optional[nn.Module]
 
     def __call__(self, images: Sequence[np.ndarray]) -> List[Instances]:
         """
@@ -44,6 +47,7 @@ class TrainedModel:
 
     def __init__(self, predictor: DefaultPredictor):
         self._predictor = predictor
+        self.model: Optional[nn.Module] = predictor.model
         self.metadata: Metadata = predictor.metadata
         self.gray_range: Optional[float] = predictor.cfg.INPUT.GRAY_RANGE or None
 
@@ -79,6 +83,7 @@ class ExportedModel:
     def __init__(self, path: str, device: str = "cpu", threshold: Optional[float] = None):
         with _user_errors():
             self._file = run_exported.ExportedDetector(path, device)
+        self.model: Optional[nn.Module] = None
         described = self._file.metadata
         self.metadata = Metadata(thing_classes=described["class_names"])
         self.gray_range: Optional[float] = described.get("gray_range") or None

@@ -63,8 +63,8 @@ class ResumableBestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's hook, which a resumed training continues: a better checkpoint of before is not
     overwritten.
 
-    Args: as for Detectron2's ``BestCheckpointer``. The hook has to be in all processes, behind the
-        evaluation.
+    Its arguments are those of Detectron2's ``BestCheckpointer``. It has to be in all processes,
+    behind the evaluation.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnS
 from balanced_d2.engine.mlflow import MLflowWriter
 from balanced_d2.engine.optimizer import build_optimizer, settings_kept
 from balanced_d2.engine.speed import autocast, speed_up
-from balanced_d2.engine.wandb import start_wandb
+from balanced_d2.engine.wandb import WandbWriter
 from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
 from balanced_d2.modeling.checks import check_balanced
 from balanced_d2.utils.compat import ddp_arguments
@@ -200,21 +200,20 @@ class BalancedTrainer(DefaultTrainer):
         return {f"{name}_TTA": value for name, value in results.items()}
 
     def build_writers(self):
-        if self.cfg.WANDB.ENABLED:
-            start_wandb(self.cfg)  # before TensorBoard's writer is created, whose events it copies
         writers = super().build_writers()
-        mlflow = self.cfg.MLFLOW
+        trainer, config = weakref.proxy(self), yaml.safe_load(self.cfg.dump())
+        folder = self.cfg.OUTPUT_DIR
+        wandb, mlflow = self.cfg.WANDB, self.cfg.MLFLOW
+
+        def is_resumed() -> bool:
+            return trainer.start_iter > 0
+
+        if wandb.ENABLED:  # before TensorBoard's writer
+            writers.insert(0, WandbWriter(folder, wandb.PROJECT, wandb.NAME, config, is_resumed))
         if mlflow.ENABLED:
-            trainer = weakref.proxy(self)
+            params = dict(flat(config))
             writers.append(
-                MLflowWriter(
-                    self.cfg.OUTPUT_DIR,
-                    mlflow.EXPERIMENT,
-                    mlflow.NAME,
-                    mlflow.URI,
-                    params=dict(flat(yaml.safe_load(self.cfg.dump()))),
-                    is_resumed=lambda: trainer.start_iter > 0,
-                )
+                MLflowWriter(folder, mlflow.EXPERIMENT, mlflow.NAME, mlflow.URI, params, is_resumed)
             )
         return writers
 

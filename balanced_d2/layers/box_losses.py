@@ -16,6 +16,7 @@ BOX_REG_LOSSES = Registry(
     "BBOX_REG_LOSS_TYPE (of MODEL.ROI_BOX_HEAD or MODEL.RETINANET)",
     DETECTRON2_LOSSES,
 )
+"""Regression losses of boxes: each a ``BoxRegLoss``, or a class of such with ``from_config``."""
 
 
 def build_box_reg_loss(node: Any) -> Optional[BoxRegLoss]:

@@ -19,6 +19,7 @@ CROSS_ENTROPY = "cross_entropy"
 # Those of this project that ``CLASS_WEIGHTS`` has no effect on.
 WITHOUT_WEIGHTS = (CROSS_ENTROPY, "focal", "balanced_softmax", "seesaw")
 CLS_LOSSES = Registry("CLS_LOSSES", "MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", (CROSS_ENTROPY,))
+"""Classification losses of the RoI heads, each a :class:`ClassLoss`."""
 
 
 class ClassLoss(nn.Module):

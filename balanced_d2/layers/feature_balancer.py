@@ -12,8 +12,8 @@ from balanced_d2.layers.rescale import adaptive_max_pool, add_nearest, nearest
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
-# Modules, or functions that make them, from the number of channels: (N, C, H, W) to the same shape.
 REFINEMENTS = Registry("REFINEMENTS", "MODEL.BALANCED_FPN.REFINE_TYPE")
+"""Modules, or what makes them from the number of channels: (N, C, H, W) to the same shape."""
 
 
 @REFINEMENTS.register(name="none")

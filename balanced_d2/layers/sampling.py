@@ -16,10 +16,10 @@ from balanced_d2.utils.registry import Registry
 Sampler = Callable[[torch.Tensor, int], torch.Tensor]
 """What each of M candidates has, (M,), and the number wanted, to the indices of those sampled."""
 
-# Of negatives: they are given the largest IoU of each candidate with any ground-truth box.
 NEGATIVE_SAMPLERS = Registry("NEGATIVE_SAMPLERS", "MODEL.ROI_HEADS.NEGATIVE_SAMPLER")
-# Of positives: they are given the index of the ground-truth instance of each candidate.
+"""They are given the largest IoU of each candidate with any ground-truth box."""
 POSITIVE_SAMPLERS = Registry("POSITIVE_SAMPLERS", "MODEL.ROI_HEADS.POSITIVE_SAMPLER")
+"""They are given the index of the ground-truth instance of each candidate."""
 
 
 @NEGATIVE_SAMPLERS.register(name="random")

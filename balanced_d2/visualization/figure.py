@@ -3,6 +3,8 @@
 import os
 from typing import Any, Dict, Optional
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from balanced_d2.utils.errors import UserError
@@ -51,3 +53,10 @@ def save_figure(figure: Figure, path: str) -> None:
         options["pil_kwargs"] = {"optimize": True}
     with replacing(path) as file:
         figure.savefig(file, **options)
+
+
+def as_image(figure: Figure) -> np.ndarray:
+    """A figure as pixels: uint8, shape (H, W, 3), RGB."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
