@@ -63,7 +63,8 @@ def moved(file, config):
 
 def linked_files(root):
     """Paths of all files of the repository that its pages link to."""
-    for page in [*(root / page for page in PAGES), *(root / "docs").glob("*.md")]:
+    pages = [root / page for page in PAGES]
+    for page in [*pages, *root.glob("docs/*.md"), *root.glob("studies/*/README.md")]:
         for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", page.read_text()):
             path = Path(os.path.normpath(page.parent / target))
             if path.is_file():
