@@ -16,7 +16,7 @@ from balanced_d2.data import check_datasets, register_coco
 from balanced_d2.data.checks.records import clean
 from balanced_d2.utils.errors import UserError
 
-from .conftest import assert_user_error
+from .conftest import ROOT, TINY_CONFIG, assert_user_error
 
 NAME = "bad_input"
 
@@ -510,6 +510,28 @@ def test_balances_without_effect_are_refused(opts, advice, caplog):
 def test_balances_of_classes_that_support_them(opts, caplog):
     check_config(load_config("", opts), train=True)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SOLVER.MAX_ITER", "0", "SOLVER.MAX_ITER is 0; it has to be at least 1"),
+        ("SOLVER.MAX_ITER", "-3", "SOLVER.MAX_ITER is -3"),
+        ("SOLVER.CHECKPOINT_PERIOD", "0", "CHECKPOINT_PERIOD is 0; it has to be at least 1"),
+        ("SOLVER.WEIGHT_DECAY", "-0.1", "WEIGHT_DECAY is -0.1; it has to be at least 0"),
+        ("DATALOADER.NUM_WORKERS", "-1", "NUM_WORKERS is -1; it has to be at least 0"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", "INPUT.MIN_SIZE_TRAIN is empty"),
+        ("INPUT.MIN_SIZE_TRAIN", "(64, -1)", r"INPUT.MIN_SIZE_TRAIN is \(64, -1\)"),
+        ("INPUT.MIN_SIZE_TEST", "-4", "INPUT.MIN_SIZE_TEST is -4"),
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "0", "MODEL.RPN.BATCH_SIZE_PER_IMAGE is 0"),
+    ],
+)
+def test_numbers_that_cannot_be(key, value, message):
+    cfg = load_config(str(ROOT / TINY_CONFIG), [key, value])
+    with pytest.raises(UserError, match=message):
+        check_config(cfg, train=True)
+    if key.startswith(("SOLVER", "MODEL")):
+        check_config(cfg, train=False)  # which does not use them
 
 
 def test_start_of_training_reports_everything_at_once(tmp_path, train_net_here):

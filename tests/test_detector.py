@@ -1,6 +1,7 @@
 """The detector for Python: sources, inputs, batches, formats of results, and tiles."""
 
 import json
+import zipfile
 
 import cv2
 import numpy as np
@@ -210,6 +211,25 @@ def test_exported_files(export, name, training, detector, image, tmp_path):
     threshold = float(wanted.scores.median())
     some = Detector.load(tmp_path / name, threshold=threshold)([image])[0]
     assert len(some) == int((found.scores > threshold).sum())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ts", "model.zip", "model"])
+def test_files_that_are_no_exported_models(name, tmp_path):
+    (tmp_path / name).write_text("hello")
+    with pytest.raises(UserError, match=f"{name} is not an exported model, or is damaged: "):
+        Detector.load(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("photo.jpg", b"hello")
+    with pytest.raises(UserError, match=f"{name} is not an exported model, or is damaged: "):
+        Detector.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"", b"\x80\x04.", bytes(100)])
+def test_files_that_are_no_checkpoints(content, training, tmp_path):
+    """The reason is a sentence, whatever the reader of checkpoints says."""
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot load the checkpoint .*x\.pth: \S+ .*\w \S+"):
+        Detector.load(training, tmp_path / "x.pth")
 
 
 def test_masks_and_keypoints_of_exported_files(monkeypatch):

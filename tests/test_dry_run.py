@@ -49,6 +49,9 @@ def test_a_yaml_config(tiny_coco, tmp_path, temporary, train_net_here):
     assert result.returncode == 0, result.stderr
     assert_forecast(result.stdout, 3000, 6, 5)
     assert "evaluating 4 batch(es) of tried" in result.stdout
+    wrong = "TEST.BEST_CHECKPOINT.METRIC is 'bbox/nowhere', but the evaluation gave: bbox/AP, "
+    assert wrong in result.stdout + result.stderr
+    assert "SOLVER.EARLY_STOPPING.METRIC is" not in result.stdout + result.stderr
     assert not output.exists() and not list(temporary.iterdir())
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from balanced_d2 import load_config
 from balanced_d2.engine import speed
 from balanced_d2.engine.speed import autocast, has_fast_bfloat16, speed_up, use_available_device
+from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
 from .test_architectures import labelled_image
@@ -124,6 +125,13 @@ def test_mixed_precision_only_where_it_is_faster(fast, monkeypatch, caplog):
     assert cfg.MODEL.DEVICE == "cpu"
     assert cfg.SOLVER.AMP.ENABLED == cfg.TEST.AMP.ENABLED == fast
     assert len(caplog.records) == 2 - fast
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "mps" if sys.platform == "linux" else "x"])
+def test_devices_that_cannot_be_used(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but there are no 100
+    with pytest.raises(UserError, match=f"MODEL.DEVICE .*'{name}', which cannot be used here: "):
+        use_available_device(config("MODEL.DEVICE", name))
 
 
 @needs_bfloat16

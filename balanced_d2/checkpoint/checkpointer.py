@@ -467,4 +467,7 @@ def _reason(error: BaseException) -> str:
     causes = [error, error.__cause__, error.__context__]
     if any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in causes):
         return "no space left on the disk"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    text = (str(error).splitlines() or [""])[0]
+    if " " in text:
+        return text
+    return f"it is not a checkpoint ({': '.join(filter(None, (type(error).__name__, text)))})"

@@ -3,7 +3,8 @@
 import difflib
 import logging
 import os
-from typing import Iterator, Tuple
+from functools import reduce
+from typing import Iterator, Mapping, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -28,6 +29,24 @@ logger = logging.getLogger(__name__)
 # Of SOLVER.OPTIMIZER.
 OPTIMIZERS = ("SGD", "AdamW")
 
+# The least values of keys whose errors would come late, from other libraries, or not at all.
+LEAST = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.MAX_SIZE_TEST": 1,
+    "INPUT.MIN_SIZE_TEST": 0,  # does not scale images
+}
+LEAST_IN_TRAINING = {
+    "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MIN_SIZE_TRAIN": 0,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.MOMENTUM": 0,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
+}
+
 
 def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     """Check all keys that training or evaluation will use.
@@ -41,6 +60,7 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
         UserError: naming the first key that is wrong.
     """
     check_names(cfg)
+    _check_numbers(cfg, LEAST | LEAST_IN_TRAINING if train else LEAST)
     model = cfg.MODEL
     NEGATIVE_SAMPLERS.check(model.ROI_HEADS.NEGATIVE_SAMPLER)
     POSITIVE_SAMPLERS.check(model.ROI_HEADS.POSITIVE_SAMPLER)
@@ -86,6 +106,17 @@ def check_names(cfg: CfgNode) -> None:
             names = [known for known, _ in registry]
             close = difflib.get_close_matches(name, names, n=1) or names
             raise UserError(f"MODEL.{key}: there is no {name!r}; did you mean {', '.join(close)}?")
+
+
+def _check_numbers(cfg: CfgNode, least: Mapping[str, int]) -> None:
+    """Raise :class:`UserError` if a key, or one of its values, is below its least."""
+    for key, low in least.items():
+        value = reduce(getattr, key.split("."), cfg)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not values:
+            raise UserError(f"{key} is empty; it needs at least one value")
+        if not all(number >= low for number in values):
+            raise UserError(f"{key} is {value}; it has to be at least {low}")
 
 
 def _check_combinations(cfg: CfgNode) -> None:

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
-from typing import Any, Iterator, List, NamedTuple, Type
+from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -98,7 +99,7 @@ def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:
         trainer = trainer_class(cfg)
         trainer.resume_or_load(resume=False)
         times = list(_iterations(trainer))
-        evaluation = _evaluate(trainer)
+        evaluation, results = _evaluate(trainer)
         cfg, number = trainer.cfg, trainer.max_iter
         forecast = Forecast(
             statistics.median(times),
@@ -113,6 +114,8 @@ def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:
     finally:
         if comm.is_main_process():
             shutil.rmtree(cfg.OUTPUT_DIR, ignore_errors=True)
+    if comm.is_main_process():
+        _check_metrics(cfg, results)
     spread = f"{min(times):.3g} to {max(times):.3g} s"
     logger.info(f"dry run, from {len(times)} iterations of {spread}:\n{forecast}")
     return forecast
@@ -139,16 +142,37 @@ def _iterations(trainer: BalancedTrainer) -> Iterator[float]:
                 yield _now(trainer.cfg) - start
 
 
-def _evaluate(trainer: BalancedTrainer) -> float:
-    """Evaluate a few images of each test set; the time that all of them will take, in seconds."""
-    seconds = 0.0
+def _evaluate(trainer: BalancedTrainer) -> Tuple[float, Dict[str, float]]:
+    """Evaluate a few images of each test set.
+
+    Returns:
+        The time that all images will take, in seconds, and the results in the main process.
+    """
+    seconds, results = 0.0, {}
     for name in trainer.cfg.DATASETS.TEST:
         loader = trainer.build_test_loader(trainer.cfg, name)
         few = _First(loader, NUM_IMAGES, trainer.cfg)
         logger.info(f"dry run: evaluating {len(few)} batch(es) of {name}; its AP means nothing")
-        inference_on_dataset(trainer.model, few, trainer.build_evaluator(trainer.cfg, name))
+        evaluator = trainer.build_evaluator(trainer.cfg, name)
+        results[name] = inference_on_dataset(trainer.model, few, evaluator)
         seconds += few.seconds * len(loader)
-    return seconds
+    # As DefaultTrainer names them.
+    return seconds, flatten_results_dict(
+        results if len(results) > 1 else next(iter(results.values()), {})
+    )
+
+
+def _check_metrics(cfg: CfgNode, results: Collection[str]) -> None:
+    """Warn of metrics that the evaluation does not have: a training stops there."""
+    best, stopping = cfg.TEST.BEST_CHECKPOINT, cfg.SOLVER.EARLY_STOPPING
+    for key, metric, is_on in (
+        ("TEST.BEST_CHECKPOINT.METRIC", best.METRIC, bool(best.METRIC)),
+        ("SOLVER.EARLY_STOPPING.METRIC", stopping.METRIC, stopping.PATIENCE > 0),
+    ):
+        if is_on and metric not in results:
+            logger.warning(
+                f"{key} is {metric!r}, but the evaluation gave: {', '.join(results) or 'nothing'}"
+            )
 
 
 class _First:

@@ -12,6 +12,7 @@ from torch import nn
 
 from balanced_d2.modeling.fold_norm import fold_norm
 from balanced_d2.modeling.roi_align import use_sparse_roi_align
+from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.mix_in import mix_in
 
 logger = logging.getLogger(__name__)
@@ -130,12 +131,31 @@ def has_fast_bfloat16() -> bool:
     )
 
 
+def check_device(name: str) -> None:
+    """Raise :class:`UserError` if PyTorch cannot compute on a device."""
+    if name in ("cpu", "cuda"):
+        return
+    try:
+        torch.ones(1, device=name).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"MODEL.DEVICE (train.device in a .py config) is {name!r}, which cannot be used here: "
+            f"{reason}"
+        ) from error
+
+
 def use_available_device(cfg: CfgNode) -> None:
     """Without CUDA on the machine, set ``cfg`` to the CPU, and say so; on CPUs that gain nothing
-    from mixed precision, also to full precision."""
+    from mixed precision, also to full precision.
+
+    Raises:
+        UserError: if there is no such device, or PyTorch cannot use it here.
+    """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no CUDA on this machine: running on the CPU")
         cfg.MODEL.DEVICE = "cpu"
+    check_device(cfg.MODEL.DEVICE)
     nodes = [node for node in (cfg.SOLVER.AMP, cfg.TEST.AMP) if node.ENABLED]
     if cfg.MODEL.DEVICE == "cpu" and nodes and not has_fast_bfloat16():
         logger.info("this CPU is not faster in bfloat16: running in full precision")

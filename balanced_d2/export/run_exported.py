@@ -93,7 +93,7 @@ class ExportedDetector:
             raise UserError(f"{path} needs the package {package}: pip install {package}") from None
         except Exception as error:  # loading any other file can fail in any way
             raise UserError(
-                f"{path} is not a model that can be loaded: {one_line(error)}"
+                f"{path} is not an exported model, or is damaged: {one_line(error)}"
             ) from None
 
     @property
