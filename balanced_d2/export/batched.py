@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from balanced_d2.export.deployable import check_exportable, output_names, predicts
 from balanced_d2.export.keypoints import find_keypoints
 from balanced_d2.export.nms import MAX_MOVED, suppress
-from balanced_d2.layers.exporting import not_compiled
 from balanced_d2.modeling import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.compat import has_sigmoid_scores
 from balanced_d2.utils.errors import UserError
@@ -297,8 +296,7 @@ class PaddedDeployable(BatchDeployable):
         is_inside = (rows < height[:, None])[:, :, None] & (columns < width[:, None])[:, None]
         x = torch.where(is_inside[:, None], self._normalise(images), 0)
         features = self.model.backbone(x)
-        with not_compiled():
-            return self._detect(features, height.float(), width.float())
+        return self._detect(features, height.float(), width.float())
 
 
 def size_divisibility(model: GeneralizedRCNN | RetinaNet) -> int:

@@ -60,7 +60,7 @@ def export_program(
     deployable = BatchDeployable(model, suppression)
     example = image.float().expand(2, -1, -1, -1).contiguous()  # one would be taken for a constant
     sides = {2: Dim("height", min=1, max=MAX_SIDE), 3: Dim("width", min=1, max=MAX_SIDE)}
-    return _export(deployable, (example,), ({0: _batch(), **sides},), strict)
+    return _export(deployable, (example,), ({0: _batch(), **sides},), strict=strict)
 
 
 def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export.ExportedProgram:
@@ -85,27 +85,28 @@ def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export
     # Sizes of 1 are as good as others.
     patch = symbolic_shapes_config.patch  # type: ignore[attr-defined]
     with patch(backed_size_oblivious=True):
-        return _export(deployable, (example, sizes), ({0: batch, **sides}, {0: batch}))
+        return _export(
+            deployable,
+            (example, sizes),
+            ({0: batch, **sides}, {0: batch}),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _batch() -> Dim:
     return Dim("batch", min=1, max=MAX_BATCH)
 
 
-def _export(deployable: BatchDeployable, example: tuple, shapes: tuple, strict: bool = False):
+def _export(
+    deployable: BatchDeployable, example: tuple, shapes: tuple, **options: Any
+) -> torch.export.ExportedProgram:
     if not hasattr(torch, "while_loop"):
         raise UserError(
             f"this export needs torch.while_loop, which PyTorch {torch.__version__} does not have; "
             "update PyTorch (2.14 is tried)"
         )
     with no_export_warnings(), torch.no_grad(), _constant_padding(deployable.model):
-        return torch.export.export(
-            deployable,
-            example,
-            dynamic_shapes=shapes,
-            strict=strict,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        return torch.export.export(deployable, example, dynamic_shapes=shapes, **options)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ TOLERANCES = {
     **dict.fromkeys(("onnx", "onnx-batch"), (1e-2, 1e-4)),
 }
 # The same for outputs that only some models have: a mask is a probability, a keypoint is x, y in
-# pixels and a score. Keypoints are exported to TorchScript only.
+# pixels and a score. Keypoints go to files of PyTorch only.
 ADDITIONAL_TOLERANCES: Dict[str, Dict[str, Tuple[float, ...]]] = {
     "torchscript": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
     "pt2": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},

@@ -14,7 +14,7 @@ from typing import Sequence
 import torch
 from torch.nn import functional as F
 
-from balanced_d2.layers.exporting import is_exporting, is_known, not_compiled
+from balanced_d2.layers.exporting import is_exporting, is_known
 
 
 def adaptive_max_pool(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -31,9 +31,8 @@ def adaptive_max_pool(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     height, width = like.shape[-2:]
     is_multiple = [_is_multiple(x.shape[2], height), _is_multiple(x.shape[3], width)]
     if is_exporting() and not all(is_multiple):
-        with not_compiled():
-            x = x[:, :, _windows(x.shape[2], height, x.device)].amax(dim=3)
-            return x[:, :, :, _windows(x.shape[3], width, x.device)].amax(dim=4)
+        x = x[:, :, _windows(x.shape[2], height, x.device)].amax(dim=3)
+        return x[:, :, :, _windows(x.shape[3], width, x.device)].amax(dim=4)
     # The indices of the maxima make the gradient cheap.
     if torch.is_grad_enabled() and not is_exporting():
         if all(is_multiple):
@@ -103,12 +102,11 @@ def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:
 
     A window shorter than the longest repeats its last index, which changes no maximum.
     """
-    i = torch.arange(windows, device=device)
-    # Nothing is negative: both are the same. ONNX has the first as one operator, and AOTInductor
-    # knows the range of the second only.
-    rounding = "trunc" if torch.onnx.is_in_onnx_export() else "floor"
-    begin = torch.div(i * length, windows, rounding_mode=rounding)
-    end = torch.div((i + 1) * length + windows - 1, windows, rounding_mode=rounding)
+    # As floats, exactly: OpenVINO rounds the division of integers, and AOTInductor takes minutes to
+    # simplify it.
+    i = torch.arange(windows, dtype=torch.float32, device=device)
+    begin = (i * length / windows).floor().long()
+    end = ((i + 1) * length / windows).ceil().long()
     longest = (length + windows - 1) // windows + 1
     index = begin[:, None] + torch.arange(longest, device=device)
     return torch.minimum(index, end[:, None] - 1)
