@@ -29,6 +29,12 @@ from .test_export import (
     smooth_image,
 )
 
+OPTIONS = {
+    **ARCHITECTURES,
+    # Networks of timm pad by the size of their input.
+    "timm": [*ON_TIMM, "MODEL.TIMM.PRETRAINED", "False"],
+    "convolutions": ["MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.CONV_DIM", "8"],
+}
 NOTHING = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]
 # Numbers of images, heights and widths, none of them that of the example.
 BATCHES = [(1, 97, 211), (3, 33, 1), (2, 64, 96)]
@@ -46,7 +52,7 @@ def assert_equal(model, run, batch, kind="tracing"):
     for i, image in enumerate(images):
         with torch.no_grad():
             expected = model([{"image": image}])[0]["instances"]
-        count, boxes, scores, classes, *masks = (output[i] for output in found)
+        count, boxes, scores, classes, *additional = (output[i] for output in found)
         assert int(count) == len(expected)
         used = slice(len(expected))
         torch.testing.assert_close(
@@ -60,15 +66,22 @@ def assert_equal(model, run, batch, kind="tracing"):
             with torch.no_grad():
                 (raw,) = model.inference([{"image": image}], do_postprocess=False)
             soft = raw.pred_masks[raw.pred_boxes.nonempty(), 0]
-            torch.testing.assert_close(masks.pop()[used], soft, rtol=0, atol=1e-4)
-        assert not masks
+            torch.testing.assert_close(additional.pop(0)[used], soft, rtol=0, atol=1e-4)
+        if expected.has("pred_keypoints"):
+            points = additional.pop(0)
+            torch.testing.assert_close(points[used], expected.pred_keypoints, rtol=0, atol=1e-3)
+            assert not points[count:].any()
+        assert not additional
         total += len(expected)
     return total
 
 
-@pytest.mark.parametrize("name", ["plain", "cascade with masks", "RetinaNet", "RetinaNet, clipped"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "cascade with masks", "keypoints", "RetinaNet", "RetinaNet, clipped", "convolutions"],
+)
 def test_batches_equal_single_images(name):
-    model = small_model(*ARCHITECTURES.get(name, []))
+    model = small_model(*OPTIONS.get(name, []))
     deployable = export.BatchDeployable(model)
     assert assert_equal(model, deployable, (2, 97, 150)) > 10
     assert_equal(model, deployable, SMALLEST)
@@ -129,20 +142,27 @@ def exported(model, kind, folder):
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
-# Networks of timm pad by the size of their input.
-ON_TIMM_ALONE = [*ON_TIMM, "MODEL.TIMM.PRETRAINED", "False"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "cascade with masks", "RetinaNet", "timm"])
+@pytest.mark.parametrize(
+    "name", ["plain", "cascade with masks", "RetinaNet", "timm", "keypoints", "convolutions"]
+)
 def test_program_equals_the_model(name, tmp_path):
-    model = small_model(*(ON_TIMM_ALONE if name == "timm" else ARCHITECTURES.get(name, [])))
+    model = small_model(*OPTIONS.get(name, []))
     run = exported(model, "pt2", tmp_path)
     for batch in BATCHES:
         assert assert_equal(model, run, batch) > 0
     assert_equal(model, run, SMALLEST)
     assert assert_equal(silence(model), silence(run), BATCHES[0]) == 0
     assert json.loads(stored(tmp_path / "pt2.pt2")) == METADATA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "RetinaNet"])
+def test_program_in_strict_mode(name):
+    model = small_model(*OPTIONS.get(name, []))
+    run = export.export_program(model, smooth_image(120, 140, seed=1), strict=True).module()
+    for batch in (*BATCHES[:1], SMALLEST):
+        assert_equal(model, run, batch)
 
 
 @pytest.mark.slow
@@ -196,7 +216,6 @@ def stored(path):
 @pytest.mark.parametrize(
     "opts, message",
     [
-        (KEYPOINTS, "predicts keypoints cannot be exported with --format pt2; use .*torchscript"),
         (
             ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", "['p4']"],
             "Res5ROIHeads in the place of StandardROIHeads cannot be exported",
@@ -207,6 +226,12 @@ def test_models_that_no_program_is_made_of(opts, message, tmp_path):
     with pytest.raises(UserError, match=message):
         export.export_pt2(small_model(*opts), smooth_image(64, 64), str(tmp_path / "m.pt2"), {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["aoti", "onnx-batch"])
+def test_formats_without_keypoints(format):
+    with pytest.raises(UserError, match=f"with --format {format}; use --format .* or pt2"):
+        export.check_exportable(small_model(*KEYPOINTS), format)
 
 
 def test_runner_reads_fixed_slots_and_refuses_newer_files(tmp_path):

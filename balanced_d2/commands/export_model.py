@@ -1,7 +1,7 @@
 """Write a trained detector as one file (TorchScript, torch.export, ONNX), and verify it.
 
-The file is DIR/model.ts (torchscript), .pt2 (pt2), .onnx (onnx) or .batch.onnx (onnx-batch).
-tools/run_exported.py runs any of them, without Detectron2.
+The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
+(onnx-batch). tools/run_exported.py runs any of them, without Detectron2.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from detectron2.modeling import build_model
 EXTENSIONS = {
     "torchscript": "ts",
     "pt2": "pt2",
+    "aoti": "aoti.pt2",
     "onnx": "onnx",
     "onnx-batch": "batch.onnx",
 }
 EXPORTERS = {
     "torchscript": export.export_torchscript,
     "pt2": export.export_pt2,
+    "aoti": export.export_aoti,
     "onnx": export.export_onnx,
     "onnx-batch": export.export_onnx_batch,
 }
@@ -42,6 +44,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")
+    if args.format == "aoti":
+        export.check_compiler()
     path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
     export.check_writable(path)
     class_names = read_contents(cfg.MODEL.WEIGHTS).class_names

@@ -3,6 +3,7 @@
 import balanced_d2.utils.requirements  # noqa: F401
 
 # isort: split
+from balanced_d2.export.aoti import check_compiler, export_aoti
 from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import BATCH_FORMATS, Deployable, check_exportable
 from balanced_d2.export.metadata import describe
@@ -20,9 +21,11 @@ __all__ = [
     "BatchDeployable",
     "Comparison",
     "Deployable",
+    "check_compiler",
     "check_exportable",
     "check_writable",
     "describe",
+    "export_aoti",
     "export_onnx",
     "export_onnx_batch",
     "export_program",

@@ -17,10 +17,12 @@ from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 from torch.nn import functional as F
 
-from balanced_d2.export.deployable import check_exportable, output_names
+from balanced_d2.export.deployable import check_exportable, output_names, predicts
+from balanced_d2.export.keypoints import find_keypoints
 from balanced_d2.export.nms import MAX_MOVED, suppress
 from balanced_d2.modeling import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.compat import has_sigmoid_scores
+from balanced_d2.utils.errors import UserError
 
 # Boxes (R, C, 4), scores (R, C) and an IoU to the boxes kept in each row, bool of shape (R, C).
 Suppression = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -53,8 +55,7 @@ class BatchDeployable(nn.Module):
         check_exportable(model, "pt2")
         self.model = model
         self.suppression = suppression
-        heads = getattr(model, "roi_heads", None)
-        self.outputs = output_names(masks=getattr(heads, "mask_on", False), is_batch=True)
+        self.outputs = output_names(**predicts(model), is_batch=True)
         self.eval()
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, ...]:
@@ -71,13 +72,24 @@ class BatchDeployable(nn.Module):
             in use have zeros, and class -1. D is the limit of detections of the config.
 
             If the model predicts masks, they follow, of shape (N, D, M, M): the probability that a
-            point of the box is of the object, not pasted into the image yet.
+            point of the box is of the object, not pasted into the image yet; and if it predicts
+            keypoints, these, of shape (N, D, K, 3): x and y in pixels of ``images``, and a score.
         """
-        limits = _limits(images)
-        features = self.model.backbone(self._preprocess(images))
+        height, width = (
+            torch.full((images.shape[0],), length, dtype=torch.float32, device=images.device)
+            for length in images.shape[2:]
+        )
+        features = self.model.backbone(self._pad(self._normalise(images)))
+        return self._detect(features, height, width)
+
+    def _detect(
+        self, features: Dict[str, torch.Tensor], height: torch.Tensor, width: torch.Tensor
+    ) -> Tuple[torch.Tensor, ...]:
+        """What :meth:`forward` returns, of features and the images' sizes (N,)."""
+        limits = torch.stack([width, height, width, height], dim=1)
         if isinstance(self.model, RetinaNet):
             found = self._detect_densely(features, limits)
-            found = found._replace(boxes=_clip(found.boxes, limits))
+            found = found._replace(boxes=_clip(found.boxes, limits[:, None]))
         else:
             found = self._detect_in_regions(features, *self._propose(features, limits), limits)
         boxes, scores, classes = _without_empty(found)
@@ -90,11 +102,15 @@ class BatchDeployable(nn.Module):
         ]
         if "masks" in self.outputs:
             outputs.append(self._masks(features, boxes, classes, valid))
+        if "keypoints" in self.outputs:
+            outputs.append(self._keypoints(features, boxes, valid))
         return tuple(outputs)
 
-    def _preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        model, backbone = self.model, self.model.backbone
-        x = (images - model.pixel_mean) / model.pixel_std
+    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.model.pixel_mean) / self.model.pixel_std
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        backbone = self.model.backbone
         constraints = getattr(backbone, "padding_constraints", {})  # not in Detectron2 0.6
         multiple = constraints.get("size_divisibility", backbone.size_divisibility)
         if constraints.get("square_size", 0) > 0:
@@ -122,7 +138,7 @@ class BatchDeployable(nn.Module):
             all_scores.append(scores)
         boxes, scores = torch.stack(all_boxes, dim=1), torch.stack(all_scores, dim=1)
         scores = torch.where(boxes.isfinite().all(dim=3) & scores.isfinite(), scores, -torch.inf)
-        boxes = _clip(boxes, limits)
+        boxes = _clip(boxes, limits[:, None, None])
         scores = torch.where(_nonempty(boxes, rpn.min_box_size), scores, -torch.inf)
         boxes = torch.where((scores > -torch.inf)[..., None], boxes, 0)
 
@@ -159,9 +175,9 @@ class BatchDeployable(nn.Module):
         stage_scores = []
         for stage, (head, predictor) in enumerate(stages):
             if stage > 0:
-                boxes = _clip(boxes, limits)
-            pooled = _pool(heads.box_pooler, levels, boxes, images)
-            logits, deltas = predictor(head(pooled))
+                boxes = _clip(boxes, limits[images])
+            pooled = _pool(heads.box_pooler, levels, *_one_more(boxes, images))
+            logits, deltas = (x.narrow(0, 0, slots.shape[0]) for x in predictor(head(pooled)))
             stage_scores.append(_probabilities(predictor, logits))
             boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
         scores = stage_scores[0]
@@ -172,7 +188,7 @@ class BatchDeployable(nn.Module):
         is_candidate = finite[:, None] & (scores > predictor.test_score_thresh)
         scores = torch.where(is_candidate, scores, -torch.inf)
         boxes = torch.where(finite[:, None, None], boxes.unflatten(1, (-1, 4)), 0)
-        boxes = _clip(boxes, limits)
+        boxes = _clip(boxes, limits[images, None])
 
         # Back to slots, (N, R, K) and (N, R, K, 4), or (N, R, 1, 4) if all classes share a box.
         scores = _spread(scores, slots, valid, -torch.inf)
@@ -211,7 +227,7 @@ class BatchDeployable(nn.Module):
             found.append(Candidates(boxes, scores, label))
         boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*found))
         if getattr(model, "clip_before_nms", False):
-            boxes = _clip(boxes, limits)
+            boxes = _clip(boxes, limits[:, None])
             scores = torch.where(_nonempty(boxes), scores, -torch.inf)
         boxes = torch.where((scores > -torch.inf)[..., None], boxes, 0)
 
@@ -232,14 +248,70 @@ class BatchDeployable(nn.Module):
         heads = self.model.roi_heads
         slots, images = _slots(valid)
         levels = [features[name] for name in heads.mask_in_features]
-        # With one box more there is always one, for which Detectron2's convolutions ask.
-        chosen = F.pad(boxes.flatten(0, 1)[slots], (0, 0, 0, 1))
-        pooled = _pool(heads.mask_pooler, levels, chosen, F.pad(images, (0, 1)))
+        pooled = _pool(heads.mask_pooler, levels, *_one_more(boxes.flatten(0, 1)[slots], images))
         logits = heads.mask_head.layers(pooled).narrow(0, 0, slots.shape[0])
         if logits.shape[1] > 1:
             label = classes.flatten()[slots][:, None, None, None]
             logits = logits.gather(1, label.expand(-1, 1, *logits.shape[2:]))
         return _spread(logits[:, 0].sigmoid(), slots, valid, 0)
+
+    def _keypoints(self, features, boxes, valid) -> torch.Tensor:
+        heads = self.model.roi_heads
+        slots, images = _slots(valid)
+        levels = [features[name] for name in heads.keypoint_in_features]
+        chosen = boxes.flatten(0, 1)[slots]
+        pooled = _pool(heads.keypoint_pooler, levels, *_one_more(chosen, images))
+        maps = heads.keypoint_head.layers(pooled).narrow(0, 0, slots.shape[0])
+        return _spread(find_keypoints(maps, chosen), slots, valid, 0)
+
+
+class PaddedDeployable(BatchDeployable):
+    """The same for images that are padded already, which may be of different sizes.
+
+    Args:
+        model: as for :class:`BatchDeployable`.
+
+    Attributes:
+        multiple: what height and width of the padded images are multiples of.
+    """
+
+    def __init__(self, model: GeneralizedRCNN | RetinaNet):
+        super().__init__(model)
+        self.multiple = size_divisibility(model)
+
+    def forward(  # type: ignore[override]
+        self, images: torch.Tensor, image_sizes: torch.Tensor
+    ) -> Tuple[torch.Tensor, ...]:
+        """
+        Args:
+            images: shape (N, 3, H, W), as for :class:`BatchDeployable`, each at the top left; what
+                is right of it and below is not looked at. H and W are multiples of ``multiple``.
+            image_sizes: height and width of each in it, int64 of shape (N, 2).
+
+        Returns:
+            As :class:`BatchDeployable`, with boxes within the image sizes.
+        """
+        height, width = image_sizes[:, 0], image_sizes[:, 1]
+        rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
+        is_inside = (rows < height[:, None])[:, :, None] & (columns < width[:, None])[:, None]
+        x = torch.where(is_inside[:, None], self._normalise(images), 0)
+        features = self.model.backbone(x)
+        return self._detect(features, height.float(), width.float())
+
+
+def size_divisibility(model: GeneralizedRCNN | RetinaNet) -> int:
+    """What height and width of padded images are multiples of, at least 1.
+
+    Raises:
+        UserError: if they are of one size.
+    """
+    constraints = getattr(model.backbone, "padding_constraints", {})  # not in Detectron2 0.6
+    if constraints.get("square_size", 0) > 0:
+        raise UserError(
+            "a model that pads all images to one size cannot be exported with --format aoti; use "
+            "--format pt2"
+        )
+    return max(1, constraints.get("size_divisibility", model.backbone.size_divisibility))
 
 
 def _round_up(length: int, multiple: int) -> int:
@@ -255,18 +327,9 @@ def _round_up(length: int, multiple: int) -> int:
     return number * multiple
 
 
-def _limits(images: torch.Tensor) -> torch.Tensor:
-    """The largest x1, y1, x2, y2 in an image."""
-    height, width = (
-        torch.full((1,), length, dtype=torch.float32, device=images.device)
-        for length in images.shape[2:]
-    )
-    return torch.cat([width, height, width, height])
-
-
 def _clip(boxes: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    shape = boxes.shape
-    return torch.minimum(boxes.unflatten(-1, (-1, 4)).clamp(min=0), limits).reshape(shape)
+    """Boxes in images of which the largest x1, y1, x2, y2 are given, with as many dimensions."""
+    return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def _nonempty(boxes: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
@@ -370,6 +433,12 @@ def _slots(valid: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     numbers = torch.arange(valid.shape[0], device=valid.device)[:, None].expand(valid.shape)
     slots = valid.flatten().nonzero()[:, 0]
     return slots, numbers.flatten()[slots]
+
+
+def _one_more(boxes: torch.Tensor, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Boxes (S, 4) and their images (S,) with one more, so that there is always one, for which
+    Detectron2's convolutions ask."""
+    return F.pad(boxes, (0, 0, 0, 1)), F.pad(images, (0, 1))
 
 
 def _spread(

@@ -8,6 +8,7 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from detectron2.structures import Instances
 from torch import nn
@@ -16,7 +17,7 @@ from balanced_d2.modeling import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
 
 # Those that take a batch and return a fixed number of detections.
-BATCH_FORMATS = ("pt2", "onnx-batch")
+BATCH_FORMATS = ("pt2", "aoti", "onnx-batch")
 
 
 # A script, so that a trace holds no device and no dtype of the example.
@@ -43,7 +44,7 @@ class Deployable(nn.Module):
         super().__init__()
         check_exportable(model, format)
         self.model = model
-        self.outputs = output_names(**_branches(model))
+        self.outputs = output_names(**predicts(model))
         self.eval()
 
     def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, ...]:
@@ -86,9 +87,9 @@ def output_names(masks: bool = False, keypoints: bool = False, is_batch: bool = 
         masks, keypoints: whether it predicts them.
         is_batch: whether it takes a batch, as :class:`balanced_d2.export.BatchDeployable`.
     """
-    if is_batch:
-        return ["num_detections", "boxes", "scores", "classes", *masks * ["masks"]]
     additional = masks * ["masks"] + keypoints * ["keypoints"]
+    if is_batch:
+        return ["num_detections", "boxes", "scores", "classes", *additional]
     return ["boxes", "classes", "scores", *additional, "image_size"]
 
 
@@ -101,7 +102,8 @@ def _additional(detections: Instances, kept: torch.Tensor) -> List[torch.Tensor]
     return outputs
 
 
-def _branches(model: nn.Module) -> dict:
+def predicts(model: nn.Module) -> Dict[str, bool]:
+    """Whether a model predicts ``masks`` and ``keypoints``."""
     heads = getattr(model, "roi_heads", None)
     return {
         "masks": getattr(heads, "mask_on", False),
@@ -127,7 +129,7 @@ def check_exportable(model: nn.Module, format: str = "torchscript") -> None:
             "a model that is given its proposals cannot be exported "
             "(MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals)"
         )
-    if format == "onnx" and _branches(model)["keypoints"]:
+    if format == "onnx" and predicts(model)["keypoints"]:
         raise UserError(
             "a model that predicts keypoints cannot be exported to ONNX: they are searched for in "
             "a loop that PyTorch cannot write as ONNX; export it to TorchScript "
@@ -141,10 +143,10 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
     """That nothing is replaced of what :class:`balanced_d2.export.batched.BatchDeployable` computes
     in the place of Detectron2's methods."""
     advice = f"cannot be exported with --format {format}; use --format torchscript"
-    if _branches(model)["keypoints"]:
+    if predicts(model)["keypoints"] and format != "pt2":
         raise UserError(
-            f"a model that predicts keypoints {advice}: each box's heat map is scaled to the size "
-            "of the box, a loop over sizes that are data"
+            f"a model that predicts keypoints {advice} or pt2: each box's heat map is scaled to "
+            "the size of the box, a loop over sizes that are data"
         )
     if isinstance(model, RetinaNet):
         return
@@ -160,17 +162,19 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
         is_ours = isinstance(predictor, BalancedFastRCNNOutputLayers)
         base = BalancedFastRCNNOutputLayers if is_ours else FastRCNNOutputLayers
         methods[type(predictor)] = (base, "predict_probs")
-    if _branches(model)["masks"]:
+    if predicts(model)["masks"]:
         methods[type(heads.mask_head)] = (BaseMaskRCNNHead, "forward")
         if heads.mask_pooler is None:
             raise UserError(f"a mask head without MODEL.ROI_MASK_HEAD.POOLER_TYPE {advice}")
+    if predicts(model)["keypoints"]:
+        methods[type(heads.keypoint_head)] = (BaseKeypointRCNNHead, "forward")
+        if heads.keypoint_pooler is None:
+            raise UserError(f"a keypoint head without MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE {advice}")
     for kind, (known, method) in methods.items():
         if getattr(kind, method, None) is not getattr(known, method):
             raise UserError(
                 f"a model with {kind.__name__} in the place of {known.__name__} {advice}"
             )
-    if any(isinstance(module, nn.Conv2d) for module in heads.box_head.modules()):
-        raise UserError(f"a model with convolutions in its box head {advice}")
 
 
 def cannot_be_exported(meta_architecture: str) -> UserError:

@@ -27,7 +27,7 @@ def describe(
 
     Args:
         class_names: in the order of the model, if the weights say them; otherwise of the data.
-        format: ``"torchscript"``, ``"onnx"``, ``"pt2"`` or ``"onnx-batch"``.
+        format: ``"torchscript"``, ``"onnx"``, ``"pt2"``, ``"aoti"`` or ``"onnx-batch"``.
 
     Returns:
         A dict for JSON: ``format``; ``format_version``, the version of this description;

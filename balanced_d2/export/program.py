@@ -7,9 +7,11 @@ from typing import Any, Iterator, List
 
 import torch
 from torch import nn
+from torch.export import Dim
+from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.nn import functional as F
 
-from balanced_d2.export.batched import BatchDeployable, Suppression
+from balanced_d2.export.batched import BatchDeployable, PaddedDeployable, Suppression
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.tracing import no_export_warnings
@@ -39,33 +41,72 @@ def export_pt2(model: nn.Module, image: torch.Tensor, path: str, metadata: dict)
 
 
 def export_program(
-    model: nn.Module, image: torch.Tensor, suppression: Suppression = suppress
+    model: nn.Module,
+    image: torch.Tensor,
+    suppression: Suppression = suppress,
+    strict: bool = False,
 ) -> torch.export.ExportedProgram:
     """:class:`BatchDeployable` of a model as a program for images of every number and size.
 
     Args:
         model, suppression: as for :class:`BatchDeployable`.
         image: an example, shape (3, H, W).
+        strict: whether Python's bytecode is analysed, as for ``torch.export.export``, which checks
+            more and takes longer. The program computes the same.
 
     Raises:
         UserError: if the model cannot be exported, or by this version of PyTorch.
     """
+    deployable = BatchDeployable(model, suppression)
+    example = image.float().expand(2, -1, -1, -1).contiguous()  # one would be taken for a constant
+    sides = {2: Dim("height", min=1, max=MAX_SIDE), 3: Dim("width", min=1, max=MAX_SIDE)}
+    return _export(deployable, (example,), ({0: _batch(), **sides},), strict=strict)
+
+
+def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export.ExportedProgram:
+    """:class:`PaddedDeployable` of a model as a program for images of every number and size.
+
+    Args:
+        model, image: as for :func:`export_program`.
+
+    Raises:
+        UserError: as :func:`export_program` does.
+    """
+    deployable = PaddedDeployable(model)
+    multiple = deployable.multiple
+    padding = [length for side in image.shape[:0:-1] for length in (0, -side % multiple)]
+    example = F.pad(image.float(), padding).expand(2, -1, -1, -1).contiguous()
+    sizes = torch.tensor([image.shape[1:]] * 2)
+    sides = {
+        i: multiple * Dim(name, min=1, max=MAX_SIDE // multiple)
+        for i, name in ((2, "rows"), (3, "columns"))
+    }
+    batch = _batch()
+    # Sizes of 1 are as good as others.
+    patch = symbolic_shapes_config.patch  # type: ignore[attr-defined]
+    with patch(backed_size_oblivious=True):
+        return _export(
+            deployable,
+            (example, sizes),
+            ({0: batch, **sides}, {0: batch}),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+
+
+def _batch() -> Dim:
+    return Dim("batch", min=1, max=MAX_BATCH)
+
+
+def _export(
+    deployable: BatchDeployable, example: tuple, shapes: tuple, **options: Any
+) -> torch.export.ExportedProgram:
     if not hasattr(torch, "while_loop"):
         raise UserError(
             f"this export needs torch.while_loop, which PyTorch {torch.__version__} does not have; "
             "update PyTorch (2.14 is tried)"
         )
-    deployable = BatchDeployable(model, suppression)
-    example = image.float().expand(2, -1, -1, -1).contiguous()  # one would be taken for a constant
-    shapes = {
-        0: torch.export.Dim("batch", min=1, max=MAX_BATCH),
-        2: torch.export.Dim("height", min=1, max=MAX_SIDE),
-        3: torch.export.Dim("width", min=1, max=MAX_SIDE),
-    }
-    with no_export_warnings(), torch.no_grad(), _constant_padding(model):
-        return torch.export.export(
-            deployable, (example,), dynamic_shapes={"images": shapes}, strict=False
-        )
+    with no_export_warnings(), torch.no_grad(), _constant_padding(deployable.model):
+        return torch.export.export(deployable, example, dynamic_shapes=shapes, **options)
 
 
 @contextmanager

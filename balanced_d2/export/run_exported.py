@@ -173,6 +173,22 @@ def load_pt2(path: str, device: str):
     return with_tensors(torch.export.load(path).module(), device), None
 
 
+def load_aoti(path: str, device: str):
+    check_cpu(device)
+    import torch
+    import torchvision  # noqa: F401  # its operators
+
+    multiple = json.loads(zip_metadata(path))["size_divisibility"]
+    detect = torch._inductor.aoti_load_package(path)
+
+    def detect_padded(images):
+        height, width = images.shape[2:]
+        padded = torch.nn.functional.pad(images, (0, -width % multiple, 0, -height % multiple))
+        return detect(padded, torch.tensor([[height, width]] * len(images)))
+
+    return with_tensors(detect_padded, device), None
+
+
 def with_tensors(model, device: str):
     """A model of PyTorch as a function of arrays."""
     import torch
@@ -203,7 +219,7 @@ def load_onnx(path: str, device: str):
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA)
 
 
-LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2}
+LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2, "aoti": load_aoti}
 
 
 def main(args: argparse.Namespace) -> int:

@@ -17,16 +17,18 @@ from balanced_d2.utils.compat import no_gradient_scaling
 @contextmanager
 def no_export_warnings():
     """Within it, PyTorch's exporters do not warn: about deprecation, and line by line of what may
-    not generalise, which is for tests and verification to find out."""
-    fx = logging.getLogger("torch.fx")
-    level = fx.level
-    fx.setLevel(logging.ERROR)
+    not generalise, which is for tests and verification to find out; AOTInductor, of no CUDA."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        fx.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -22,14 +22,15 @@ from balanced_d2.export.tracing import no_export_warnings
 # Largest differences (box in pixels, score) that an exported model may have. ONNX Runtime computes
 # with kernels of its own, PyTorch with the same ones.
 TOLERANCES = {
-    **dict.fromkeys(("torchscript", "pt2"), (1e-3, 1e-5)),
+    **dict.fromkeys(("torchscript", "pt2", "aoti"), (1e-3, 1e-5)),
     **dict.fromkeys(("onnx", "onnx-batch"), (1e-2, 1e-4)),
 }
 # The same for outputs that only some models have: a mask is a probability, a keypoint is x, y in
-# pixels and a score. Keypoints are exported to TorchScript only.
+# pixels and a score. Keypoints go to files of PyTorch only.
 ADDITIONAL_TOLERANCES: Dict[str, Dict[str, Tuple[float, ...]]] = {
     "torchscript": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
-    "pt2": {"masks": (1e-4,)},
+    "pt2": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
+    "aoti": {"masks": (1e-4,)},
     **dict.fromkeys(("onnx", "onnx-batch"), {"masks": (1e-2,)}),
 }
 

@@ -9,3 +9,10 @@ def is_exporting() -> bool:
         return True
     # torch.compiler.is_exporting is new in PyTorch 2.7
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes that are symbols is true of all sizes, for ``torch.export``."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from balanced_d2.layers.exporting import is_exporting
+
 
 class NonLocal2d(nn.Module):
     """Embedded Gaussian non-local block with residual connection, at full channel width.
@@ -64,7 +66,9 @@ class NonLocal2d(nn.Module):
 
 def _as_tokens(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) to (N, 1 head, H * W, C)."""
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+    tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+    # A size that is a symbol hides from torch.export that the channels are contiguous already.
+    return tokens.contiguous() if is_exporting() else tokens
 
 
 def _channels_first(x: torch.Tensor) -> torch.Tensor:

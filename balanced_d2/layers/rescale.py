@@ -14,7 +14,7 @@ from typing import Sequence
 import torch
 from torch.nn import functional as F
 
-from balanced_d2.layers.exporting import is_exporting
+from balanced_d2.layers.exporting import is_exporting, is_known
 
 
 def adaptive_max_pool(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -29,11 +29,12 @@ def adaptive_max_pool(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         ``floor(i * H / height)`` to ``ceil((i + 1) * H / height) - 1``, columns likewise.
     """
     height, width = like.shape[-2:]
-    if is_exporting():
+    is_multiple = [_is_multiple(x.shape[2], height), _is_multiple(x.shape[3], width)]
+    if is_exporting() and not all(is_multiple):
         x = x[:, :, _windows(x.shape[2], height, x.device)].amax(dim=3)
         return x[:, :, :, _windows(x.shape[3], width, x.device)].amax(dim=4)
-    is_multiple = [_is_multiple(x.shape[2], height), _is_multiple(x.shape[3], width)]
-    if torch.is_grad_enabled():  # then the indices of the maxima make the gradient cheap
+    # The indices of the maxima make the gradient cheap.
+    if torch.is_grad_enabled() and not is_exporting():
         if all(is_multiple):
             return F.max_pool2d(x, (x.shape[2] // height, x.shape[3] // width))
         return F.adaptive_max_pool2d(x, (height, width))
@@ -84,8 +85,10 @@ def _interpolate(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def _is_multiple(length: int, of: int) -> bool:
-    # A trace, which is to take every size, would keep the answer for its example.
-    return not torch.jit.is_tracing() and length % of == 0
+    # What is exported is to take every size, not only those that are multiples as the example's.
+    if torch.jit.is_tracing():
+        return False
+    return is_known(length % of == 0) if is_exporting() else length % of == 0
 
 
 def _max_of_blocks(x: torch.Tensor, dim: int, number: int) -> torch.Tensor:
@@ -99,9 +102,11 @@ def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:
 
     A window shorter than the longest repeats its last index, which changes no maximum.
     """
-    i = torch.arange(windows, device=device)
-    begin = torch.div(i * length, windows, rounding_mode="trunc")
-    end = torch.div((i + 1) * length + windows - 1, windows, rounding_mode="trunc")
+    # As floats, exactly: OpenVINO rounds the division of integers, and AOTInductor takes minutes to
+    # simplify it.
+    i = torch.arange(windows, dtype=torch.float32, device=device)
+    begin = (i * length / windows).floor().long()
+    end = ((i + 1) * length / windows).ceil().long()
     longest = (length + windows - 1) // windows + 1
     index = begin[:, None] + torch.arange(longest, device=device)
     return torch.minimum(index, end[:, None] - 1)

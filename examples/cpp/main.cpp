@@ -1,0 +1,192 @@
+// Runs an exported detector (TorchScript or an AOTInductor package) on images, without Python code:
+//
+//     detect MODEL IMAGE ...
+//
+// and prints a line of JSON for each image, as tools/run_exported.py does.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <caffe2/serialize/inline_container.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/script.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <regex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+// torchvision registers its operators when its libraries are loaded: those that the models call,
+// and those that read images. The names are those of version 0.29 and before.
+void load_operators() {
+  const std::filesystem::path folder = TORCHVISION;
+  const std::vector<std::vector<std::string>> libraries = {
+      {"_C_stable.so", "_C.so"}, {"image_stable.so", "image.so"}};
+  for (const auto& names : libraries) {
+    const auto is_there = [&](const auto& name) { return std::filesystem::exists(folder / name); };
+    const auto name = std::find_if(names.begin(), names.end(), is_there);
+    if (name == names.end()) throw std::runtime_error("there is no " + (folder / names[0]).string());
+    if (!dlopen((folder / *name).c_str(), RTLD_NOW | RTLD_GLOBAL)) throw std::runtime_error(dlerror());
+  }
+}
+
+// The JSON that export_model.py stores in the file. Its values are simple enough for expressions;
+// texts stay as they are written in JSON.
+class Metadata {
+ public:
+  explicit Metadata(const std::string& path) {
+    caffe2::serialize::PyTorchStreamReader reader(path);
+    if (!reader.hasRecord("extra/balanced_d2.json")) {
+      throw std::runtime_error(path + " was not written by export_model.py");
+    }
+    const auto [data, size] = reader.getRecord("extra/balanced_d2.json");
+    json_.assign(static_cast<const char*>(data.get()), size);
+  }
+
+  int64_t number(const std::string& key) const { return std::stoll(find(key, "([0-9]+)")); }
+
+  std::string text(const std::string& key) const { return find(key, "\"([^\"]*)\""); }
+
+  std::vector<std::string> texts(const std::string& key) const {
+    const std::string list = find(key, "\\[((?:\"(?:[^\"\\\\]|\\\\.)*\"[, ]*)*)\\]");
+    const std::regex element("\"(?:[^\"\\\\]|\\\\.)*\"");
+    return {std::sregex_token_iterator(list.begin(), list.end(), element),
+            std::sregex_token_iterator()};
+  }
+
+ private:
+  std::string find(const std::string& key, const std::string& value) const {
+    std::smatch match;
+    if (!std::regex_search(json_, match, std::regex("\"" + key + "\": *" + value))) {
+      throw std::runtime_error("the model file does not say its " + key);
+    }
+    return match[1];
+  }
+
+  std::string json_;
+};
+
+struct Detections {
+  Tensor boxes, scores, classes;
+};
+
+using Detector = std::function<Detections(const Tensor&)>;  // of an image (3, height, width)
+
+Detector load_torchscript(const std::string& path) {
+  auto model = torch::jit::load(path);
+  model.eval();
+  return [model](const Tensor& image) mutable -> Detections {
+    const auto outputs = model.forward({image}).toTuple();
+    const auto& elements = outputs->elements();
+    return {elements[0].toTensor(), elements[2].toTensor(), elements[1].toTensor()};
+  };
+}
+
+Detector load_aoti(const std::string& path, int64_t multiple) {
+  auto model = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
+  return [model, multiple](const Tensor& image) -> Detections {
+    const auto height = image.size(1), width = image.size(2);
+    const auto missing = [&](int64_t length) { return (multiple - length % multiple) % multiple; };
+    const auto padded = at::constant_pad_nd(image, {0, missing(width), 0, missing(height)});
+    const auto size = at::tensor({height, width}, at::kLong);
+    const auto outputs = model->run({padded.unsqueeze(0), size.unsqueeze(0)});
+    const auto number = outputs[0].item<int64_t>();
+    const auto used = [&](int i) { return outputs[i][0].narrow(0, 0, number); };
+    return {used(1), used(2), used(3)};
+  };
+}
+
+// An image as uint8 (3, height, width), RGB, rotated as its EXIF data say.
+Tensor read_image(const std::string& path) {
+  constexpr int64_t RGB = 3;
+  auto& operators = c10::Dispatcher::singleton();
+  const auto call = [&](const char* name, std::vector<c10::IValue> stack) {
+    operators.findSchemaOrThrow(name, "").callBoxed(&stack);
+    return stack.back().toTensor();
+  };
+  return call("image::decode_image", {call("image::read_file", {path}), RGB, true});
+}
+
+// The network's input, scaled as in training: bilinear with antialiasing, as Pillow does.
+Tensor preprocess(const Tensor& image, const Metadata& metadata) {
+  const double height = image.size(1), width = image.size(2);
+  Tensor input = image.unsqueeze(0);
+  if (const double min_size = metadata.number("min_size"); min_size > 0) {
+    const double max_size = metadata.number("max_size");
+    const double scale =
+        std::min(min_size / std::min(height, width), max_size / std::max(height, width));
+    const auto scaled = [&](double length) { return static_cast<int64_t>(length * scale + 0.5); };
+    input = at::_upsample_bilinear2d_aa(input, {scaled(height), scaled(width)}, false);
+  }
+  if (metadata.text("input_format") == "BGR") input = input.flip(1);
+  return input[0].to(at::kFloat).contiguous();
+}
+
+std::string quoted(const std::string& text) {
+  std::string result;
+  for (const char c : text) (c == '"' || c == '\\' ? result += '\\' : result) += c;
+  return '"' + result + '"';
+}
+
+void print(const std::string& path, const Tensor& image, const Detections& found,
+           const Tensor& boxes, const std::vector<std::string>& names) {
+  std::printf("{\"image\": %s, \"height\": %ld, \"width\": %ld, \"detections\": [",
+              quoted(path).c_str(), static_cast<long>(image.size(1)),
+              static_cast<long>(image.size(2)));
+  const auto box = boxes.accessor<float, 2>();
+  for (int64_t i = 0; i < boxes.size(0); i++) {
+    const auto label = found.classes[i].item<int64_t>();
+    std::printf("%s{\"bbox\": [%.2f, %.2f, %.2f, %.2f], \"class\": %s, \"class_id\": %ld, "
+                "\"score\": %.6f}",
+                i ? ", " : "", box[i][0], box[i][1], box[i][2], box[i][3], names.at(label).c_str(),
+                static_cast<long>(label), found.scores[i].item<float>());
+  }
+  std::printf("]}\n");
+}
+
+void detect(const std::string& path, const Detector& detector, const Metadata& metadata) {
+  const Tensor image = read_image(path);
+  const Tensor input = preprocess(image, metadata);
+  const Detections found = detector(input);
+  const auto scale = [&](int dim) { return float(image.size(dim)) / float(input.size(dim)); };
+  const Tensor boxes = found.boxes * at::tensor({scale(2), scale(1), scale(2), scale(1)});
+  print(path, image, found, boxes.contiguous(), metadata.texts("class_names"));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) {
+    std::cerr << "usage: detect MODEL IMAGE ...\n";
+    return 2;
+  }
+  try {
+    const c10::InferenceMode no_gradients;
+    load_operators();
+    const Metadata metadata(argv[1]);
+    const std::string format = metadata.text("format");
+    Detector detector;
+    if (format == "torchscript") {
+      detector = load_torchscript(argv[1]);
+    } else if (format == "aoti") {
+      detector = load_aoti(argv[1], metadata.number("size_divisibility"));
+    } else {
+      throw std::runtime_error("a file of the format " + format + " cannot be run from C++");
+    }
+    for (int i = 2; i < argc; i++) detect(argv[i], detector, metadata);
+  } catch (const c10::Error& error) {
+    std::cerr << "error: " << error.what_without_backtrace() << "\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,214 @@
+"""AOTInductor packages, and exported files from C++."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from balanced_d2 import Detector, export
+from balanced_d2.export import run_exported
+from balanced_d2.export.aoti import COMPILERS
+from balanced_d2.export.batched import PaddedDeployable
+from balanced_d2.utils.errors import UserError
+
+from .conftest import ROOT, TINY_CONFIG, assert_user_error
+from .test_export import ARCHITECTURES, silence, small_model, smooth_image
+from .test_export_program import BATCHES, SMALLEST, assert_equal, stored
+
+METADATA = {
+    **{"format_version": 2, "input_format": "BGR", "class_names": ["a", 'b "é"', "c"]},
+    **{"min_size": 96, "max_size": 200, "gray_range": 0},
+}
+OUTPUTS = {
+    "torchscript": ["boxes", "classes", "scores", "image_size"],
+    "aoti": ["num_detections", "boxes", "scores", "classes"],
+}
+has_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler"
+)
+
+
+def described(format):
+    return {**METADATA, "format": format, "outputs": OUTPUTS[format]}
+
+
+def padded(detect, fill=0.0):
+    """A function of padded images as one of images of one size."""
+
+    def run(images):
+        height, width = images.shape[2:]
+        padding = (0, -width % 32, 0, -height % 32)
+        sizes = torch.tensor([[height, width]] * len(images))
+        return detect(F.pad(images, padding, value=fill), sizes)
+
+    return run
+
+
+def assert_sizes_go_together(model, detect):
+    """Images of several sizes, at most ``model``'s padding of all of them."""
+    images = [smooth_image(90, 61, seed=1), smooth_image(33, 128, seed=2)]
+    batch = torch.full((2, 3, 96, 128), 99.0)
+    for place, image in zip(batch, images):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    with torch.no_grad():
+        expected = model([{"image": image} for image in images])
+        numbers, boxes, scores, classes = detect(batch, sizes)
+    for i, output in enumerate(expected):
+        instances = output["instances"]
+        used = slice(int(numbers[i]))
+        assert len(instances) == numbers[i] > 0
+        torch.testing.assert_close(boxes[i, used], instances.pred_boxes.tensor, rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[i, used], instances.scores, rtol=0, atol=1e-5)
+        assert torch.equal(classes[i, used], instances.pred_classes)
+
+
+@pytest.mark.parametrize("name", ["plain", "RetinaNet", "cascade with masks"])
+def test_padded_images_equal_single_ones(name):
+    model = small_model(*ARCHITECTURES.get(name, []))
+    deployable = PaddedDeployable(model)
+    assert deployable.multiple == 32
+    assert assert_equal(model, padded(deployable, fill=99.0), (2, 97, 150)) > 10
+    assert_equal(model, padded(deployable), SMALLEST)
+
+
+def test_padded_images_of_several_sizes():
+    model = small_model()
+    assert_sizes_go_together(model, PaddedDeployable(model))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A model and its package, which takes a minute to compile."""
+    model = small_model()
+    path = str(tmp_path_factory.mktemp("aoti") / "model.aoti.pt2")
+    export.export_aoti(model, smooth_image(120, 140, seed=1), path, described("aoti"))
+    return model, path
+
+
+@pytest.mark.slow
+@has_compiler
+def test_package_equals_the_model(package):
+    model, path = package
+    detect = torch._inductor.aoti_load_package(path)
+    for batch in BATCHES:
+        assert assert_equal(model, padded(detect, fill=99.0), batch) > 0
+    assert_equal(model, padded(detect), SMALLEST)
+    assert_sizes_go_together(model, detect)
+    silent = silence(small_model())
+    bias = "model.roi_heads.box_predictor.cls_score.bias"
+    detect.load_constants(
+        {bias: silent.roi_heads.box_predictor.cls_score.bias.data}, check_full_update=False
+    )
+    assert assert_equal(silent, padded(detect), BATCHES[0]) == 0
+
+
+@pytest.mark.slow
+@has_compiler
+def test_package_is_loaded_by_torch_alone(package, tmp_path):
+    """And run on a picture, and by a detector; its metadata tell it from a program."""
+    _, path = package
+    metadata = json.loads(stored(path))
+    assert metadata == {**described("aoti"), "size_divisibility": 32}
+    program = f"""
+import sys, torch, torchvision
+found = torch._inductor.aoti_load_package({path!r})(
+    torch.zeros(1, 3, 64, 96), torch.tensor([[50, 90]])
+)
+assert [tuple(output.shape) for output in found] == [(1,), (1, 100, 4), (1, 100), (1, 100)]
+assert not any("detectron2" in name or "balanced_d2" in name for name in sys.modules)
+"""
+    environment = {**os.environ, "PATH": "", "CXX": "/nowhere"}  # no compiler
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    pixels = smooth_image(150, 221).permute(1, 2, 0).numpy()
+    found = Detector.load(path, threshold=0)(pixels)
+    outputs = run_exported.ExportedDetector(path)(
+        run_exported.ExportedDetector.preprocess(
+            Loaded(metadata), Image.fromarray(pixels[:, :, ::-1])
+        )
+    )
+    assert len(found) == len(outputs["scores"]) > 0
+    np.testing.assert_array_equal(found.scores, outputs["scores"])
+
+
+class Loaded(run_exported.ExportedDetector):
+    """Only what describes a file."""
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+
+
+def test_without_a_compiler(run_here, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(UserError, match="needs a C.. compiler, and there is no /nowhere/c.."):
+        export.export_aoti(small_model(), smooth_image(64, 64), str(tmp_path / "m.pt2"), {})
+    torch.save({"model": {}}, tmp_path / "model.pth")
+    result = run_here(
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--format", "aoti"),
+        *("--output", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "model.pth"),
+    )
+    assert_user_error(result, "needs a C++ compiler", "--format pt2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@has_compiler
+@pytest.mark.skipif(not shutil.which("cmake"), reason="there is no CMake")
+def test_detection_from_cpp(package, tmp_path):
+    """Both kinds of files, as tools/run_exported.py detects with them."""
+    model, aoti = package
+    script = str(tmp_path / "model.ts")
+    export.export_torchscript(
+        model, smooth_image(120, 140, seed=1), script, described("torchscript")
+    )
+    build = tmp_path / "build"
+    for command in (
+        [
+            "cmake",
+            "-S",
+            ROOT / "examples/cpp",
+            "-B",
+            build,
+            f"-DPython3_EXECUTABLE={sys.executable}",
+        ],
+        ["cmake", "--build", build],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(smooth_image(150, 221).permute(1, 2, 0).numpy()).save(photo)
+    for path in (script, aoti):
+        result = subprocess.run([build / "detect", path, photo], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert_same(json.loads(result.stdout), detected(path, str(photo)))
+    result = subprocess.run([build / "detect", photo, photo], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: ")
+
+
+def detected(path, photo):
+    command = [sys.executable, run_exported.__file__, path, photo, "--threshold", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def assert_same(found, expected):
+    assert [found[key] for key in ("image", "height", "width")] == [
+        expected[key] for key in ("image", "height", "width")
+    ]
+    found, expected = found["detections"], expected["detections"]
+    assert len(found) == len(expected) > 0
+    assert {d["class"] for d in found} <= set(METADATA["class_names"])
+    # Scaling may round a pixel in another way, which moves detections a little: the best are same.
+    for one, other in zip(found[:5], expected[:5]):
+        assert one["class_id"] == other["class_id"] and one["class"] == other["class"]
+        np.testing.assert_allclose(one["bbox"], other["bbox"], rtol=0, atol=0.5)
+        assert abs(one["score"] - other["score"]) < 0.01
