@@ -5,7 +5,12 @@ import balanced_d2.utils.requirements  # noqa: F401
 # isort: split
 from balanced_d2.export.accuracy import average_precision
 from balanced_d2.export.batched import BatchDeployable
-from balanced_d2.export.deployable import BATCH_FORMATS, Deployable, check_exportable
+from balanced_d2.export.deployable import (
+    BATCH_FORMATS,
+    Deployable,
+    check_exportable,
+    output_names,
+)
 from balanced_d2.export.metadata import describe
 from balanced_d2.export.onnx import export_onnx, export_onnx_batch
 from balanced_d2.export.program import export_program, export_pt2
@@ -43,6 +48,7 @@ __all__ = [
     "export_torchscript",
     "installed_engines",
     "latencies",
+    "output_names",
     "quantize_onnx",
     "sample_images",
     "table",
