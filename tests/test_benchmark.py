@@ -46,6 +46,19 @@ def test_runs_on_tiny_sizes(tmp_path):
                 assert row["seconds"]["convolution"] > 0
 
 
+def test_exported_models(benchmark, tmp_path, capsys):
+    bench = benchmark.Bench("cpu", turns=1)
+    rows = benchmark.compare_exported(
+        bench, benchmark.DEPLOYED[0], 48, 64, str(tmp_path), formats=("torchscript", "onnx")
+    )
+    assert {"eager, float32", "eager, bfloat16", "torchscript", "onnx in onnxruntime"} <= set(rows)
+    assert "onnx, int8 in onnxruntime" in rows
+    assert rows["eager, float32"]["ratio"] == 1
+    assert all(row["median_ms"] > 0 for row in rows.values())
+    printed = capsys.readouterr().out
+    assert "exported, balanced_faster_rcnn_R_18_FPN, 48 x 64" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -151,7 +151,8 @@ def test_runner_without_detectron2_equals_evaluation(
         *("--threshold", "0", "--output", tmp_path),
         env=bare,
     )
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("done: ") and result.stderr.count("\n") == 1
     assert result.stdout == (tmp_path / "detections.jsonl").read_text()
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [os.path.basename(record["image"]) for record in records] == list(evaluated)
@@ -527,7 +528,7 @@ def test_runner_goes_on_after_an_image_that_cannot_be_read(exports, bad_files, b
         env=bare,
     )
     assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 2
+    assert len(result.stderr.splitlines()) == 3 and "2 failed" in result.stderr
     assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == [
         str(bad_files / "good.png")
     ]

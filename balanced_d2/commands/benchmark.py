@@ -15,6 +15,7 @@ import platform
 import re
 import runpy
 import statistics
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -734,6 +735,68 @@ def evaluate(evaluator: type, truth: COCO, detections: COCO) -> None:
         evaluation.summarize()
 
 
+DEPLOYED = ("BCCD/balanced_faster_rcnn_R_18_FPN.yaml", LITE0)
+
+
+def measure_export(bench: Bench, scale: float) -> None:
+    """Eager models against all that they can be exported to, on all engines that are installed."""
+    if bench.device.type != "cpu":
+        raise UserError("--only export measures on CPUs; leave out --device")
+    for config in DEPLOYED:
+        height, width = (round(side * scale) for side in (240, 320))
+        if config == LITE0:
+            height, width = (round(side * scale) for side in (427, 320))
+        with tempfile.TemporaryDirectory() as folder:
+            compare_exported(bench, config, height, width, folder)
+
+
+def compare_exported(
+    bench: Bench, config: str, height: int, width: int, folder: str, formats: tuple = ()
+) -> dict:
+    """
+    Args:
+        folder: the files are written there.
+        formats: of ``tools/export_model.py``; by default all.
+    """
+    # Not needed by the other parts, and the exporters take long to import.
+    from balanced_d2 import export
+    from balanced_d2.commands.export_model import EXPORTERS
+    from balanced_d2.export.run_exported import ExportedDetector
+
+    random = switched(("MODEL.TIMM.PRETRAINED",), False)
+    image = labelled_image(0, height, width)["image"]
+    runs = {}
+    for name, on in (("eager, float32", False), ("eager, bfloat16", True)):
+        model = WholeModel(bench, config, random + switched(("TEST.AMP.ENABLED",), on), fast=True)
+        if on:
+            autocast(model.model, "cpu", training=False)
+        runs[name] = functools.partial(model.detect, [{"image": image}])
+    # As it is exported: without what makes eager models fast.
+    model = WholeModel(bench, config, random + switched(FAST + MIXED, False)).model.eval()
+    described = {"class_names": [], "input_format": "BGR", "min_size": 0, "max_size": 0}
+    for format in formats or EXPORTERS:
+        path = os.path.join(folder, f"model.{format}")
+        outputs = export.output_names(is_batch=format in export.BATCH_FORMATS)
+        metadata = {**described, "format": format, "outputs": outputs}
+        try:
+            EXPORTERS[format](model, image, path, metadata)
+        except UserError as error:
+            print(f"{format} is left out: {error}", flush=True)
+            continue
+        files = {format: path}
+        if format.startswith("onnx"):
+            files[f"{format}, int8"] = f"{path}.int8"
+            noise = (labelled_image(seed, height, width)["image"].numpy() for seed in range(4))
+            export.quantize_onnx(path, f"{path}.int8", noise)
+        for name, file in files.items():
+            for engine in export.installed_engines(format):
+                detector = ExportedDetector(file, engine=engine)
+                where = f" in {engine}" if engine else ""
+                runs[name + where] = functools.partial(detector, image.numpy())
+    title = f"exported, {Path(config).stem}, {height} x {width}"
+    return bench.compare(title, runs, memory=False)
+
+
 PARTS = {
     "whole": measure_whole,
     "fast": measure_fast,
@@ -741,7 +804,10 @@ PARTS = {
     "classes": measure_classes,
     "growth": measure_growth,
     "operators": measure_operators,
+    "export": measure_export,
 }
+# Export takes minutes, and packages that not everyone has.
+DEFAULT_PARTS = [part for part in PARTS if part != "export"]
 
 
 def processor() -> str:
@@ -769,7 +835,7 @@ def main(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     torch.manual_seed(0)
     bench = Bench(args.device, args.turns)
-    for name in args.only or PARTS:
+    for name in args.only or DEFAULT_PARTS:
         PARTS[name](bench, args.scale)
     if args.output:
         try:
@@ -783,7 +849,9 @@ def main(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="what to measure (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, help="what to measure (default: all but export)"
+    )
     parser.add_argument("--turns", type=int, default=9, help="runs of each variant (default: 9)")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="scale of all images, for a quick look"

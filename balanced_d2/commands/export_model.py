@@ -1,22 +1,27 @@
 """Write a trained detector as one file (TorchScript, torch.export, ONNX), and verify it.
 
 The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
-(onnx-batch). tools/run_exported.py runs any of them, without Detectron2.
+(onnx-batch), and with --quantize also .int8.onnx or .batch.int8.onnx.
+tools/run_exported.py runs any of them, without Detectron2.
 """
 
 import argparse
 import os
 import sys
+import tempfile
+from typing import Iterator, List, Optional
 
 # First, so that importing Detectron2 is quiet.
 import balanced_d2.export as export
 from balanced_d2.checkpoint import load_weights, read_contents
 from balanced_d2.config.checks import check_weights
-from balanced_d2.engine import add_model_arguments, config_from
+from balanced_d2.engine import add_model_arguments, config_from, trainer_for
 from balanced_d2.export import run_exported
 from balanced_d2.utils.errors import UserError
 
 # isort: split
+import numpy as np
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 EXTENSIONS = {
@@ -34,6 +39,9 @@ EXPORTERS = {
     "onnx-batch": export.export_onnx_batch,
 }
 
+# AP in percent that int8 may lose.
+MAX_LOST_AP = 0.5
+
 
 def main(args: argparse.Namespace) -> None:
     if args.method == "scripting":
@@ -41,6 +49,8 @@ def main(args: argparse.Namespace) -> None:
             "--method scripting was retired, since PyTorch has deprecated scripting; leave it out: "
             "every model can be exported by tracing"
         )
+    if args.quantize and not args.format.startswith("onnx"):
+        raise UserError(f"--quantize is for --format onnx and onnx-batch, not {args.format}")
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")
@@ -50,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
     export.check_writable(path)
     class_names = read_contents(cfg.MODEL.WEIGHTS).class_names
     metadata = export.describe(cfg, class_names, args.format)
+    calibration = images_to_quantize_by(cfg, args.quantize) if args.quantize else None
     example, *images = export.sample_images(cfg, args.sample_image)
     model = build_model(cfg).eval()
     export.check_exportable(model, args.format)
@@ -65,13 +76,60 @@ def main(args: argparse.Namespace) -> None:
     print(f"written by {how}: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
     if args.verify:
         verify(model, path, images, args.format)
+    files = [(path, args.format)]
+    if calibration is not None:
+        int8 = path.removesuffix("onnx") + "int8.onnx"
+        export.quantize_onnx(path, int8, calibration)
+        print(f"written in int8: {int8} ({os.path.getsize(int8) / 1e6:.1f} MB)", flush=True)
+        files.append((int8, args.format))
+    if args.verify:
+        print(export.latencies(model, files, images[0], run_exported.__file__), flush=True)
+        if calibration is not None:
+            compare_accuracy(cfg, [path for path, _ in files])
+
+
+def images_to_quantize_by(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
+    export.check_quantization()
+    return export.calibration_images(cfg, folder)
+
+
+def compare_accuracy(cfg: CfgNode, paths: List[str]) -> None:
+    """Say what quantisation has cost on the data sets of the config; too much is an error."""
+    lost = []
+    trainer = trainer_for(cfg)
+    for dataset in cfg.DATASETS.TEST:
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = (
+                export.average_precision(
+                    path,
+                    trainer.build_test_loader(cfg, dataset),
+                    trainer.build_evaluator(cfg, dataset, folder),
+                )
+                for path in paths
+            )
+        print(f"AP on {dataset}: {before:.2f} before, {after:.2f} in int8", flush=True)
+        lost.append(before - after)
+    if not lost:
+        print("note: without DATASETS.TEST, it is not known how much AP int8 costs")
+    elif max(lost) > MAX_LOST_AP:
+        sys.exit(
+            f"error: int8 loses {max(lost):.2f} AP, more than {MAX_LOST_AP}; the file is kept, but "
+            f"deploy {os.path.basename(paths[0])}, or quantise by images like those it is for"
+        )
 
 
 def verify(model, path, images, format):
+    for engine in export.installed_engines(format):
+        verify_on(engine, model, path, images, format)
+
+
+def verify_on(engine: Optional[str], model, path, images, format):
     try:
-        comparisons = export.verify(model, path, images, format, run_exported.__file__)
+        comparisons = export.verify(model, path, images, format, run_exported.__file__, engine)
     except RuntimeError as error:
         sys.exit(f"error: {error} (the file is kept)")
+    if engine:
+        print(f"on {engine}:")
     print(export.table(comparisons))
     if not all(comparison.agrees for comparison in comparisons):
         sys.exit(f"error: {path} is not equal to the model; the file is kept")
@@ -92,6 +150,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--format", choices=EXTENSIONS, default="torchscript")
+    parser.add_argument(
+        "--quantize",
+        metavar="FOLDER",
+        help="also write the ONNX file in int8, with the ranges of activations on FOLDER's images",
+    )
     # From the time when there was a choice: commands of then still run.
     parser.add_argument(
         "--method", choices=("tracing", "scripting"), default="tracing", help=argparse.SUPPRESS

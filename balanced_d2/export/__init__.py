@@ -3,15 +3,30 @@
 import balanced_d2.utils.requirements  # noqa: F401
 
 # isort: split
+from balanced_d2.export.accuracy import average_precision
 from balanced_d2.export.aoti import check_compiler, export_aoti
 from balanced_d2.export.batched import BatchDeployable
-from balanced_d2.export.deployable import BATCH_FORMATS, Deployable, check_exportable
+from balanced_d2.export.deployable import (
+    BATCH_FORMATS,
+    Deployable,
+    check_exportable,
+    output_names,
+)
 from balanced_d2.export.metadata import describe
 from balanced_d2.export.onnx import export_onnx, export_onnx_batch
 from balanced_d2.export.program import export_program, export_pt2
-from balanced_d2.export.sample import sample_images
+from balanced_d2.export.quantize import check_quantization, quantize_onnx
+from balanced_d2.export.sample import calibration_images, sample_images
 from balanced_d2.export.torchscript import export_torchscript, trace
-from balanced_d2.export.verify import ADDITIONAL_TOLERANCES, TOLERANCES, Comparison, table, verify
+from balanced_d2.export.verify import (
+    ADDITIONAL_TOLERANCES,
+    TOLERANCES,
+    Comparison,
+    installed_engines,
+    latencies,
+    table,
+    verify,
+)
 from balanced_d2.utils.files import check_writable
 
 __all__ = [
@@ -22,7 +37,10 @@ __all__ = [
     "Comparison",
     "Deployable",
     "check_compiler",
+    "average_precision",
+    "calibration_images",
     "check_exportable",
+    "check_quantization",
     "check_writable",
     "describe",
     "export_aoti",
@@ -31,6 +49,10 @@ __all__ = [
     "export_program",
     "export_pt2",
     "export_torchscript",
+    "installed_engines",
+    "latencies",
+    "output_names",
+    "quantize_onnx",
     "sample_images",
     "table",
     "trace",

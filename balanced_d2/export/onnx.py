@@ -5,6 +5,7 @@ import json
 import torch
 from torch import nn
 
+from balanced_d2.export.attention import chunk_attention
 from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import Deployable
 from balanced_d2.export.metadata import METADATA_FILE
@@ -119,10 +120,11 @@ def _import_onnx() -> None:
 
 def _finish(path: str, metadata: dict, boxes: int | None = None) -> None:
     """Store the metadata, and the number of columns of the output with the boxes, in a file; let it
-    divide integers as OpenVINO does, too."""
+    divide integers as OpenVINO does, too, and hold no matrix of all positions."""
     import onnx
 
     exported = onnx.load(path)
+    chunk_attention(exported)
     _divide_exactly(exported.graph, onnx.shape_inference.infer_shapes(exported).graph)
     if boxes is not None:
         exported.graph.output[boxes].type.tensor_type.shape.dim[1].dim_value = 4

@@ -1,32 +1,42 @@
 #!/usr/bin/env python3
-"""Run a detector written by export_model.py on images.
+"""Run a detector written by export_model.py on images, folders of images and videos.
 
 Needs neither Detectron2 nor any other file of this project, only torch and torchvision for a
-TorchScript file or a torch.export program, onnxruntime for an ONNX file, NumPy and Pillow for all,
-and OpenCV for a model that predicts masks. Which kind a file is of is found from the file. For each
-image, one line of JSON is printed to standard output:
+TorchScript file or a torch.export program, onnxruntime or openvino for an ONNX file, NumPy and
+Pillow for all, and OpenCV for videos and for a model that predicts masks. Which kind a file is of
+is found from the file. For each image, one line of JSON is printed to standard output:
 
     {"image": FILE, "height": H, "width": W, "seconds": LATENCY, "detections":
         [{"bbox": [x1, y1, x2, y2], "class": NAME, "class_id": NUMBER, "score": SCORE}, ...]}
 
 with boxes in pixels of the image, best score first. If the model predicts them, a detection also
 has "segmentation", the outlines [x1, y1, x2, y2, ...] of its mask, and "keypoints", [x, y, score]
-each. An image that cannot be read is reported, and the others are still processed. An IMAGE.npy
-contains an array (3, height, width) that is passed to the model unchanged.
+each. Images of a video also have "frame", their number from 0 on. Of images that went through the
+model together, "seconds" is an equal share. An image that cannot be read is reported, and the
+others are still processed; with several, their number per second, from reading to writing, is
+printed at the end. An IMAGE.npy contains an array (3, height, width) that is passed to the model
+unchanged.
 """
 
 import argparse
+import collections
 import colorsys
+import contextlib
 import functools
+import importlib.util
+import itertools
 import json
 import logging
 import os
+import queue
 import statistics
 import sys
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +49,8 @@ PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than 
 # Opacity of masks, at most 255, and the probability from which a pixel belongs to the mask.
 MASK_ALPHA = 110
 MASK_THRESHOLD = 0.5
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # in folders
 FONT_FOLDERS = (
     *("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts"),
     *("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts"),
@@ -63,21 +75,27 @@ class UserError(Exception):
 class ExportedDetector:
     """A detector in a file of export_model.py.
 
+    Args:
+        engine: of an ONNX file, a key of ENGINES; by default the first that is installed.
+
     Attributes:
         metadata: from the file: class_names, input_format, min_size, max_size.
     """
 
-    def __init__(self, path: str, device: str = "cpu"):
+    def __init__(self, path: str, device: str = "cpu", engine: Optional[str] = None):
         if not os.path.isfile(path):
             raise UserError(f"there is no model file {path}")
         try:
             metadata = zip_metadata(path) if zipfile.is_zipfile(path) else None
+            if engine and zipfile.is_zipfile(path):
+                raise UserError(f"{path} is run by PyTorch; --engine is for ONNX files")
             if metadata is not None:
                 self.metadata = check_version(path, json.loads(metadata))
                 load = LOADERS[self.metadata.get("format", "torchscript")]
                 self._run, _ = load(path, device)
             else:  # ONNX, or nothing that export_model.py wrote
-                load = load_torchscript if zipfile.is_zipfile(path) else load_onnx
+                is_zip = zipfile.is_zipfile(path)
+                load = load_torchscript if is_zip else ENGINES[engine or default_engine()]
                 self._run, metadata = load(path, device)
                 if not metadata:
                     raise UserError(
@@ -109,13 +127,20 @@ class ExportedDetector:
             them, masks (N, M, M) of probabilities within the box and keypoints (N, K, 3): x, y,
             score.
         """
-        array = np.ascontiguousarray(array, dtype=np.float32)
+        return self.detect([array])[0]
+
+    def detect(self, arrays: list) -> list:
+        """The same for several arrays of one size, together if the model takes batches."""
+        images = np.ascontiguousarray(np.stack(arrays), dtype=np.float32)
         if "num_detections" not in self.outputs:
-            return dict(zip(self.outputs, self._run(array)))
-        outputs = dict(zip(self.outputs, self._run(array[None])))
-        number = int(outputs.pop("num_detections")[0])
-        outputs = {name: value[0, :number] for name, value in outputs.items()}
-        return {**outputs, "image_size": np.array(array.shape[1:])}
+            return [dict(zip(self.outputs, self._run(image))) for image in images]
+        outputs = dict(zip(self.outputs, self._run(images)))
+        numbers = outputs.pop("num_detections")
+        size = {"image_size": np.array(images.shape[2:])}
+        return [
+            {**{name: value[i, :number] for name, value in outputs.items()}, **size}
+            for i, number in enumerate(numbers.tolist())
+        ]
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """The network's input for an RGB image, scaled as in training."""
@@ -210,7 +235,9 @@ def load_onnx(path: str, device: str):
     check_cpu(device)
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = engine_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(array):
@@ -219,44 +246,195 @@ def load_onnx(path: str, device: str):
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA)
 
 
+def load_openvino(path: str, device: str):
+    check_cpu(device)
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    # Its own choice would be bfloat16 where the CPU has it: other detections than those compared.
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    if engine_threads():
+        options["INFERENCE_NUM_THREADS"] = str(engine_threads())
+    compiled = core.compile_model(model, "CPU", options)
+    idle = queue.SimpleQueue()  # of requests, each of which runs one input at a time
+
+    def run(array):
+        try:
+            request = idle.get_nowait()
+        except queue.Empty:
+            request = compiled.create_infer_request()
+        results = request.infer([array])
+        outputs = [results[output].copy() for output in compiled.outputs]
+        idle.put(request)
+        return outputs
+
+    place = ["framework", METADATA]
+    return run, model.get_rt_info(place).value if model.has_rt_info(place) else None
+
+
+def engine_threads() -> int:
+    """How many threads an engine takes for one input: as for PyTorch. 0: its own choice."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 0)
+
+
+def default_engine() -> str:
+    return "onnxruntime" if importlib.util.find_spec("onnxruntime") else "openvino"
+
+
+ENGINES = {"onnxruntime": load_onnx, "openvino": load_openvino}
 LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2, "aoti": load_aoti}
 
 
 def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # PyTorch's, about how the model was written
-    if args.arrays and len(args.images) > 1:
+    if args.threads < 1 or args.batch_size < 1:
+        raise UserError("--threads and --batch-size have to be 1 or more")
+    items, number = list_items(args.images)
+    if args.arrays and number != 1:
         raise UserError("--arrays is for a single image")
-    detector = ExportedDetector(args.model, args.device)
-    failed = 0
-    with Output(args.output) as output:
-        for path in with_bar(args.images):
+    if args.threads > 1:  # each with a share of the cores
+        share = max(1, (os.cpu_count() or 1) // args.threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    detector = ExportedDetector(args.model, args.device, args.engine)
+    done = failed = 0
+    start = time.perf_counter()
+    with Output(args.output) as output, bar(number) as progress:
+        detect = functools.partial(detect_in, detector, repeat=args.repeat)
+        for item, result in in_threads(detect, items, args.threads, args.batch_size):
             try:
-                image, array = read(path, detector)
-                outputs, seconds = run(detector, array, args.repeat)
+                if isinstance(result, UserError):
+                    raise result
                 if args.arrays:
-                    save_arrays(args.arrays, outputs)
-                outputs, size = in_pixels_of(image, array, outputs)
+                    save_arrays(args.arrays, result.outputs)
+                outputs, size = in_pixels_of(result.image, result.array, result.outputs)
                 detections = describe(outputs, detector.metadata["class_names"], args.threshold)
-                record = {"image": path, **size, "seconds": seconds, "detections": detections}
-                output.write(record, image)
+                record = {"image": item.path, **size, "seconds": result.seconds}
+                if item.frame is not None:
+                    record["frame"] = item.frame
+                output.write({**record, "detections": detections}, result.image, item.rate)
+                done += 1
             except UserError as error:
                 report(error)
                 failed += 1
+            progress()
+    if done + failed > 1:
+        seconds = time.perf_counter() - start
+        bad = f"; {failed} failed, which are named above" if failed else ""
+        report(f"{done} image(s) in {seconds:.1f} s, {done / seconds:.1f} a second{bad}", "done")
     return 2 if failed else 0
 
 
-def with_bar(paths: list):
-    """The paths, with a progress bar if tqdm is installed and no results go to a terminal."""
+class Item(NamedTuple):
+    """An image to be read, or one of a video."""
+
+    path: str
+    frame: Optional[int] = None  # its number in the video
+    rate: float = 0.0  # of the video, in images per second
+    image: Optional[Image.Image] = None
+    error: Optional[UserError] = None  # why a video could not be read
+
+
+class Result(NamedTuple):
+    image: Optional[Image.Image]  # None for an array
+    array: np.ndarray
+    outputs: dict
+    seconds: float
+
+
+def list_items(paths: list) -> tuple:
+    """The images of files, folders and videos, in order, and their number, None if not known."""
+    files = []
+    for path in paths:
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        inside = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGES + VIDEOS)
+        if not inside:
+            raise UserError(f"there are no images and no videos in the folder {path}")
+        files += map(str, inside)
+    are_videos = [file.lower().endswith(VIDEOS) for file in files]
+    parts = (frames(f) if is_video else [Item(f)] for f, is_video in zip(files, are_videos))
+    return itertools.chain.from_iterable(parts), None if any(are_videos) else len(files)
+
+
+def frames(path: str):
+    try:
+        import cv2
+    except ImportError:
+        raise UserError(f"{path} needs the package {PACKAGES['cv2']}") from None
+    if os.path.isfile(path):
+        video = cv2.VideoCapture(path)
+        rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        for number in itertools.count():
+            is_there, pixels = video.read()
+            if not is_there:
+                break
+            image = Image.fromarray(pixels[:, :, ::-1])
+            yield Item(path, frame=number, rate=rate, image=image)
+        video.release()
+        if number > 0:
+            return
+    yield Item(path, error=UserError(f"cannot read video {path}"))
+
+
+def in_threads(detect, items, threads: int, batch_size: int):
+    """Each item and its result, in order; no more are read ahead than keep the threads busy."""
+    items, waiting = iter(items), collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while True:
+                batch = list(itertools.islice(items, batch_size))
+                if batch:
+                    waiting.append((batch, pool.submit(detect, batch)))
+                if waiting and (not batch or len(waiting) > 2 * threads):
+                    yield from zip(waiting[0][0], waiting.popleft()[1].result())
+                elif not batch:
+                    return
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def detect_in(detector: ExportedDetector, items: list, repeat: int) -> list:
+    """For each item a Result, or the UserError that says why there is none.
+
+    Those of one size go through the model together.
+    """
+    results, by_size = {}, {}
+    for i, item in enumerate(items):
+        try:
+            image, array = read(item, detector)
+            by_size.setdefault(array.shape, []).append((i, image, array))
+        except UserError as error:
+            results[i] = error
+    for group in by_size.values():
+        outputs, seconds = run(detector, [array for _, _, array in group], repeat)
+        for (i, image, array), output in zip(group, outputs):
+            results[i] = Result(image, array, output, seconds / len(group))
+    return [results[i] for i in range(len(items))]
+
+
+@contextlib.contextmanager
+def bar(number: Optional[int]):
+    """A function that counts images, with a progress bar if tqdm is installed and no results go to
+    a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return paths
-    disable = True if len(paths) == 1 or sys.stdout.isatty() else None
-    return tqdm(paths, desc="detecting", unit="image", disable=disable)
+        yield lambda: None
+        return
+    disable = True if number == 1 or sys.stdout.isatty() else None
+    with tqdm(total=number, desc="detecting", unit="image", disable=disable) as progress:
+        yield progress.update
 
 
-def read(path: str, detector: ExportedDetector):
+def read(item: Item, detector: ExportedDetector):
     """The image (None for an array) and the network's input."""
+    path = item.path
+    if item.error:
+        raise item.error
+    if item.image:
+        return item.image, detector.preprocess(item.image)
     try:
         if path.endswith(".npy"):
             array = np.load(path)
@@ -307,15 +485,15 @@ def to_8_bits(pixels: np.ndarray, gray_range) -> np.ndarray:
     return np.rint(pixels.astype(np.float64) * (255 / gray_range)).clip(0, 255).astype(np.uint8)
 
 
-def run(detector, array: np.ndarray, repeat: int):
-    """The outputs for an array, and the median time in seconds."""
+def run(detector: ExportedDetector, arrays: list, repeat: int):
+    """The outputs for arrays of one size, and the median time in seconds."""
     if repeat:
         for _ in range(3):  # TorchScript optimises itself in its first runs
-            detector(array)
+            detector.detect(arrays)
     seconds = []
     for _ in range(max(1, repeat)):
         start = time.perf_counter()
-        outputs = detector(array)
+        outputs = detector.detect(arrays)
         seconds.append(time.perf_counter() - start)
     return outputs, statistics.median(seconds)
 
@@ -405,6 +583,7 @@ class Output:
         self.folder = folder and Path(folder)
         self.lines = None
         self.used = set()
+        self.videos = {}  # by path of the input
 
     def __enter__(self):
         if self.folder:
@@ -418,8 +597,10 @@ class Output:
     def __exit__(self, *_):
         if self.lines:
             self.lines.close()
+        for video in self.videos.values():
+            video.release()
 
-    def write(self, record: dict, image) -> None:
+    def write(self, record: dict, image, rate: float) -> None:
         line = json.dumps(record)
         print(line, flush=True)
         if not self.folder:
@@ -427,17 +608,32 @@ class Output:
         self.lines.write(line + "\n")
         if image is None:
             return
+        picture = draw(image, record["detections"])
+        if "frame" in record:
+            self.video(record["image"], rate, picture.size).write(np.asarray(picture)[:, :, ::-1])
+            return
         file = self.picture_name(record["image"])
         try:
-            draw(image, record["detections"]).save(file)
+            picture.save(file)
         except OSError as error:
             raise UserError(f"cannot write {file}: {error.strerror}") from None
 
-    def picture_name(self, path: str) -> Path:
+    def video(self, path: str, rate: float, size: tuple):
+        if path not in self.videos:
+            import cv2
+
+            file = self.picture_name(path, ".mp4")
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            self.videos[path] = cv2.VideoWriter(str(file), code, rate, size)
+            if not self.videos[path].isOpened():
+                raise UserError(f"cannot write {file}")
+        return self.videos[path]
+
+    def picture_name(self, path: str, suffix: str = ".png") -> Path:
         """A path that differs from those of the run's other images and from the image itself."""
         stem, number = Path(path).stem, 1
         while True:
-            file = self.folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")
+            file = self.folder / (stem + (suffix if number == 1 else f"_{number}{suffix}"))
             is_input = file.exists() and file.samefile(path)
             if file not in self.used and not is_input:
                 self.used.add(file)
@@ -530,7 +726,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a file that export_model.py wrote")
-    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="an image, a folder of them, or a video"
+    )
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -548,6 +746,25 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--arrays", metavar="FILE.npz", help="also save the model's outputs for a single image"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images read at a time; those of one size go through a model of batches together",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images or batches processed at a time, each with a share of the cores",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="for an ONNX file (default: onnxruntime if it is installed)",
     )
     parser.add_argument("--device", default="cpu", help="for a TorchScript file, such as cuda")
     return parser.parse_args()

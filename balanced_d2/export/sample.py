@@ -1,6 +1,7 @@
-"""The images that a model is traced with and verified on."""
+"""The images that a model is traced with, verified on and quantised by."""
 
-from typing import List
+from pathlib import Path
+from typing import Iterator, List
 
 import cv2
 import detectron2.data.transforms as T
@@ -8,9 +9,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from tqdm import tqdm
 
 from balanced_d2.data.image import read_image
 from balanced_d2.utils.errors import UserError
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# As many images of a folder are enough to measure ranges on.
+MAX_CALIBRATION_IMAGES = 100
 
 
 def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
@@ -26,9 +32,7 @@ def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
     Raises:
         UserError: if ``file`` cannot be read.
     """
-    image = _read(file, cfg)
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    image = resize.get_transform(image).apply_image(image)
+    image = _resize(_read(file, cfg), cfg)
     height, width = image.shape[:2]
     sizes = [
         (height * 7 // 8, width * 5 // 6),
@@ -38,6 +42,32 @@ def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
     ]
     resized = (cv2.resize(image, (max(w, 32), max(h, 32))) for h, w in sizes)
     return [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in resized]
+
+
+def calibration_images(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
+    """The images of a folder and those below as the network takes them: float32, (C, H, W).
+
+    Of more than ``MAX_CALIBRATION_IMAGES``, so many are taken, evenly spread over their names.
+
+    Args:
+        cfg: says size and order of the channels.
+
+    Raises:
+        UserError: if the folder has no images, or one cannot be read.
+    """
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
+    if not files:
+        raise UserError(f"there are no images in the folder {folder} to quantise by")
+    number = min(len(files), MAX_CALIBRATION_IMAGES)
+    files = [files[i * len(files) // number] for i in range(number)]
+    progress = tqdm(files, desc="measuring ranges", unit="image", disable=None)
+    images = (_resize(_read(str(file), cfg), cfg) for file in progress)
+    return (image.transpose(2, 0, 1).astype(np.float32) for image in images)
+
+
+def _resize(image: np.ndarray, cfg: CfgNode) -> np.ndarray:
+    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    return resize.get_transform(image).apply_image(image)
 
 
 def _round_up(length: int, multiple: int) -> int:

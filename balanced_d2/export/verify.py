@@ -1,5 +1,6 @@
 """Comparison of an exported file, run in a process of its own, with the model it came from."""
 
+import importlib.util
 import json
 import os
 import statistics
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from tabulate import tabulate
 from tqdm import tqdm
 
-from balanced_d2.export.deployable import Deployable
+from balanced_d2.export.deployable import BATCH_FORMATS, Deployable
+from balanced_d2.export.run_exported import ENGINES
 from balanced_d2.export.tracing import no_export_warnings
 
 # Largest differences (box in pixels, score) that an exported model may have. ONNX Runtime computes
@@ -39,6 +41,8 @@ _ADDITIONAL_HEADERS = {"masks": "of masks", "keypoints": "of keypoints (px, px, 
 # The median latency is of so many runs, or fewer that fill so many seconds.
 MAX_RUNS = 10
 MAX_SECONDS = 3.0
+# Numbers of images that latencies are measured for.
+BATCHES = (1, 4, 8)
 
 
 @dataclass
@@ -108,12 +112,21 @@ def _largest(difference: np.ndarray) -> float:
     return float(np.abs(difference).max(initial=0.0))
 
 
+def installed_engines(format: str) -> List[Optional[str]]:
+    """What can run files of a format here: ``"onnxruntime"`` and ``"openvino"``, or ``None`` for
+    PyTorch, which needs no choice."""
+    if not format.startswith("onnx"):
+        return [None]
+    return [engine for engine in ENGINES if importlib.util.find_spec(engine)]
+
+
 def verify(
     model: GeneralizedRCNN | RetinaNet,
     path: str,
     images: Sequence[torch.Tensor],
     format: str,
     runner: str,
+    engine: Optional[str] = None,
 ) -> List[Comparison]:
     """Compare an exported file with the model it came from.
 
@@ -123,6 +136,7 @@ def verify(
         images: each of shape (C, H, W), given to both models as they are.
         format: of the file, a key of ``TOLERANCES``, which says how much they may differ.
         runner: the program ``tools/run_exported.py``, which is run once for each image.
+        engine: of :func:`installed_engines`; ``None`` for the runner's choice.
 
     Raises:
         RuntimeError: if the runner fails, with what it says.
@@ -130,7 +144,7 @@ def verify(
     comparisons = []
     for image in tqdm(images, desc="verifying", unit="image", disable=None):
         eager, runs = _run_eager(model, image)
-        exported = _run_exported(runner, path, image, runs)
+        exported = _run_exported(runner, path, image, runs, engine)
         comparisons.append(
             Comparison(eager, exported, TOLERANCES[format], ADDITIONAL_TOLERANCES[format])
         )
@@ -171,9 +185,53 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return tabulate(rows, headers, disable_numparse=True, colalign=alignment)
 
 
+def latencies(
+    model: GeneralizedRCNN | RetinaNet,
+    files: Sequence[Tuple[str, str]],
+    image: torch.Tensor,
+    runner: str,
+) -> str:
+    """A table of the median latencies of a model and of its exported files on every engine that is
+    installed, for ``BATCHES`` images at once, or one, if the format takes no more.
+
+    Args:
+        model: the eager model, in evaluation mode.
+        files: paths and formats.
+        image: shape (C, H, W).
+        runner: as for :func:`verify`.
+    """
+
+    def eager(number):
+        return lambda: model([{"image": image}] * number)
+
+    with torch.no_grad(), no_export_warnings():
+        rows = [["eager", *(f"{1000 * _median(eager(number))[0]:.1f}" for number in BATCHES)]]
+    for path, format in files:
+        for engine in installed_engines(format):
+            row = [f"{os.path.basename(path)}, {engine or 'PyTorch'}"]
+            for number in BATCHES:
+                if number > 1 and format not in BATCH_FORMATS:
+                    row.append("-")
+                    continue
+                record, _ = _run(runner, path, image, MAX_RUNS, engine, number)
+                row.append(f"{1000 * number * record['seconds']:.1f}")
+            rows.append(row)
+    headers = ["latency (ms)", *(f"{number} image{'s' * (number > 1)}" for number in BATCHES)]
+    return tabulate(rows, headers, disable_numparse=True, colalign=["left"] + 3 * ["right"])
+
+
+def _median(run: Callable) -> Tuple[float, int]:
+    """The median time of a function in seconds, and how many times it was run."""
+    seconds: List[float] = []
+    while len(seconds) < MAX_RUNS and sum(seconds) < MAX_SECONDS:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), len(seconds)
+
+
 def _run_eager(model: GeneralizedRCNN | RetinaNet, image: torch.Tensor) -> Tuple[Detections, int]:
     """The detections, and how many times the model was run to measure its latency."""
-    seconds: List[float] = []
     deployable = Deployable(model)  # whose latency is without the pasting of masks
     with torch.no_grad(), no_export_warnings():
         instances = model([{"image": image}])[0]["instances"]
@@ -183,29 +241,50 @@ def _run_eager(model: GeneralizedRCNN | RetinaNet, image: torch.Tensor) -> Tuple
             additional["masks"] = raw.pred_masks[raw.pred_boxes.nonempty(), 0].numpy()
         if instances.has("pred_keypoints"):
             additional["keypoints"] = instances.pred_keypoints.numpy()
-        while len(seconds) < MAX_RUNS and sum(seconds) < MAX_SECONDS:
-            start = time.perf_counter()
-            deployable(image)
-            seconds.append(time.perf_counter() - start)
+        seconds, runs = _median(lambda: deployable(image))
     detections = Detections(
         instances.pred_boxes.tensor.numpy(),
         instances.pred_classes.numpy(),
         instances.scores.numpy(),
         instances.image_size,
-        statistics.median(seconds),
+        seconds,
         additional,
     )
-    return detections, len(seconds)
+    return detections, runs
 
 
-def _run_exported(runner: str, path: str, image: torch.Tensor, runs: int) -> Detections:
+def _run_exported(
+    runner: str, path: str, image: torch.Tensor, runs: int, engine: Optional[str]
+) -> Detections:
+    record, arrays = _run(runner, path, image, runs, engine)
+    return Detections(
+        arrays.pop("boxes"),
+        arrays.pop("classes"),
+        arrays.pop("scores"),
+        tuple(arrays.pop("image_size").tolist()),
+        record["seconds"],
+        arrays,
+    )
+
+
+def _run(
+    runner: str,
+    path: str,
+    image: torch.Tensor,
+    runs: int,
+    engine: Optional[str],
+    number: int = 1,
+) -> Tuple[dict, Dict[str, np.ndarray]]:
+    """What the runner prints for an image, several times in a batch, and its arrays for one."""
     with tempfile.TemporaryDirectory() as folder:
         file, arrays_file = (os.path.join(folder, name) for name in ("image.npy", "arrays.npz"))
         np.save(file, image.numpy())
         result = subprocess.run(
             [
-                *(sys.executable, runner, path, file, "--arrays", arrays_file),
+                *(sys.executable, runner, path, *(number * [file]), "--batch-size", str(number)),
                 *("--repeat", str(runs)),
+                *(("--engine", engine) if engine else ()),
+                *(("--arrays", arrays_file) if number == 1 else ()),
             ],
             capture_output=True,
             text=True,
@@ -213,16 +292,11 @@ def _run_exported(runner: str, path: str, image: torch.Tensor, runs: int) -> Det
         )
         if result.returncode != 0:
             raise RuntimeError(f"{path} does not run: {result.stderr.strip()}")
+        record = json.loads(result.stdout.splitlines()[0])
+        if number > 1:
+            return record, {}
         with np.load(arrays_file) as file:
-            arrays = dict(file)
-    return Detections(
-        arrays.pop("boxes"),
-        arrays.pop("classes"),
-        arrays.pop("scores"),
-        tuple(arrays.pop("image_size").tolist()),
-        json.loads(result.stdout)["seconds"],
-        arrays,
-    )
+            return record, dict(file)
 
 
 def _matching_order(eager: Detections, exported: Detections, tolerance: float):

@@ -1,0 +1,271 @@
+"""What is done to the graph of an exported ONNX file: attention in chunks, int8; and that tools
+which rewrite graphs leave its result as it is."""
+
+import json
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from onnx.helper import make_node, make_tensor_value_info
+
+from balanced_d2 import export
+from balanced_d2.export.attention import CHUNK, chunk_attention
+from balanced_d2.export.quantize import quantized_nodes
+from balanced_d2.utils.errors import UserError
+
+from .conftest import TINY_CONFIG, assert_user_error
+from .test_export import METADATA, small_model, smooth_image
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def model_of(nodes, inputs, outputs, weights=()):
+    """Inputs and outputs: names and shapes; weights: names and arrays."""
+    graph = onnx.helper.make_graph(
+        nodes,
+        "test",
+        [make_tensor_value_info(name, FLOAT, shape) for name, shape in inputs.items()],
+        [make_tensor_value_info(name, FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(array, name) for name, array in dict(weights).items()],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    onnx.checker.check_model(model)
+    return model
+
+
+def run(model, **inputs):
+    session = onnxruntime.InferenceSession(
+        model if isinstance(model, str) else model.SerializeToString(),
+        providers=["CPUExecutionProvider"],
+    )
+    return session.run(None, inputs)
+
+
+def attention():
+    nodes = [
+        make_node("Relu", ["q"], ["query"]),
+        make_node("MatMul", ["query", "k"], ["logits"]),
+        make_node("Softmax", ["logits"], ["weights"], axis=-1),
+        make_node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    shapes = {"q": ["n", "h", "p", 5], "k": ["n", "h", 5, "o"], "v": ["n", "h", "o", 6]}
+    return model_of(nodes, shapes, {"y": ["n", "h", "p", 6]})
+
+
+@pytest.mark.parametrize("positions", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
+def test_attention_in_chunks_is_attention(positions):
+    model = attention()
+    assert chunk_attention(model) == 1
+    onnx.checker.check_model(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert "Scan" in kinds and "Softmax" not in kinds and "MatMul" not in kinds
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 3, positions, 5)).astype(np.float32)
+    k, v = (rng.normal(size=(2, 3, *s)).astype(np.float32) for s in ((5, 41), (41, 6)))
+    (y,) = run(model, q=q, k=k, v=v)
+    logits = np.maximum(q, 0).astype(np.float64) @ k
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    expected = weights / weights.sum(axis=-1, keepdims=True) @ v
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+
+
+def test_other_softmax_stays():
+    nodes = [
+        make_node("MatMul", ["q", "k"], ["logits"]),
+        make_node("Softmax", ["logits"], ["weights"], axis=-1),
+        make_node("MatMul", ["weights", "v"], ["y"]),
+        make_node("Add", ["weights", "one"], ["seen"]),  # the matrix itself is asked for
+    ]
+    shapes = {"q": [1, 1, 4, 5], "k": [1, 1, 5, 4], "v": [1, 1, 4, 6]}
+    outputs = {"y": [1, 1, 4, 6], "seen": [1, 1, 4, 4]}
+    model = model_of(nodes, shapes, outputs, {"one": np.ones((), np.float32)})
+    before = model.SerializeToString()
+    assert chunk_attention(model) == 0 and model.SerializeToString() == before
+
+
+def test_what_is_quantised():
+    """Layers in front of layers, and what lies between; no predictors, and nothing behind boxes."""
+    weight = np.ones((4, 4, 1, 1), np.float32)
+    nodes = [
+        make_node("Conv", ["x", "w"], ["stem"], name="stem"),
+        make_node("Relu", ["stem"], ["a"], name="stem relu"),
+        make_node("Conv", ["a", "w"], ["b"], name="body"),
+        make_node("Add", ["a", "b"], ["c"], name="shortcut"),
+        make_node("Add", ["c", "x"], ["d"], name="with the image"),
+        make_node("Conv", ["d", "w"], ["deltas"], name="deltas"),
+        make_node("Flatten", ["deltas"], ["boxes"], name="flatten"),
+        make_node("RoiAlign", ["c", "boxes", "i"], ["rois"], name="align"),
+        make_node("Flatten", ["rois"], ["flat"], name="flatten rois"),
+        make_node("Gemm", ["flat", "w2"], ["hidden"], name="head"),
+        make_node("Relu", ["hidden"], ["e"], name="head relu"),
+        make_node("Gemm", ["e", "w2"], ["scores"], name="scores"),
+        make_node("Relu", ["scores"], ["y"], name="last relu"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "test",
+        [make_tensor_value_info("x", FLOAT, [1, 4, 8, 8])],
+        [make_tensor_value_info("y", FLOAT, None)],
+        [
+            numpy_helper.from_array(weight, "w"),
+            numpy_helper.from_array(weight[..., 0, 0], "w2"),
+            numpy_helper.from_array(np.zeros(64, np.int64), "i"),
+        ],
+    )
+    assert quantized_nodes(graph) == {
+        *("stem", "stem relu", "body", "shortcut"),
+        *("head", "head relu"),
+    }
+
+
+def test_layers_of_attention_in_chunks_are_quantised():
+    weight = np.ones((5, 5, 1, 1), np.float32)
+    model = attention()
+    assert chunk_attention(model) == 1
+    nodes = [
+        *(make_node("Conv", ["x", "w"], [n], name=n) for n in ("q4", "k4", "v4")),
+        *(make_node("Identity", [f"{n}4"], [n], name=f"as {n}") for n in "qkv"),
+        *model.graph.node,
+        make_node("Conv", ["y", "w"], ["out"], name="out"),
+    ]
+    for i, node in enumerate(nodes):
+        node.name = node.name or f"node {i}"
+    graph = onnx.helper.make_graph(nodes, "test", [], [], [numpy_helper.from_array(weight, "w")])
+    assert quantized_nodes(graph) == {"q4", "k4", "v4"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model's file in float and in int8."""
+    folder = tmp_path_factory.mktemp("exported")
+    paths = [str(folder / name) for name in ("model.onnx", "model.int8.onnx")]
+    export.export_onnx(small_model(), smooth_image(120, 140, seed=1), paths[0], METADATA)
+    images = (smooth_image(96, 128, seed).numpy() for seed in range(6))
+    export.quantize_onnx(*paths, images)
+    return paths
+
+
+@pytest.mark.slow
+def test_int8_is_nearly_the_model(exported):
+    whole, int8 = (onnx.load(path) for path in exported)
+    assert int8.metadata_props == whole.metadata_props
+    assert json.loads(int8.metadata_props[0].value) == METADATA
+    assert len(int8.SerializeToString()) < 0.5 * len(whole.SerializeToString())
+
+    # Weights within half a step of what they were; those of predictors exactly.
+    makers = {node.output[0]: node for node in int8.graph.node}
+    arrays = {i.name: numpy_helper.to_array(i) for i in int8.graph.initializer}
+    floats = {i.name: numpy_helper.to_array(i) for i in whole.graph.initializer}
+    (head,) = (n for n in int8.graph.node if n.op_type == "Gemm" and "fc1" in n.name)
+    dequantize = makers[head.input[1]]
+    assert dequantize.op_type == "DequantizeLinear"
+    quantized, scale, zero = (arrays[name] for name in dequantize.input)
+    assert quantized.dtype == np.int8 and scale.ndim == 1 and not zero.any()
+    (name,) = (n for n in floats if n.endswith("fc1.weight"))
+    shape = (-1, 1) if quantized.shape[0] == len(scale) else (1, -1)
+    error = np.abs(quantized * scale.reshape(shape) - floats[name])
+    assert (error <= 0.5001 * scale.reshape(shape)).all() and error.max() > 0
+    layers = [node for node in int8.graph.node if node.op_type in ("Conv", "Gemm")]
+    for part in ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas"):
+        (name,) = (n for n in floats if n.endswith(f"{part}.weight"))
+        predictors = [node for node in layers if part in node.name]
+        assert predictors
+        for node in predictors:
+            assert np.isin(arrays[node.input[1]], floats[name]).all()
+
+    # Detections are those of the model, of scores that are nearly equal in another order.
+    image = smooth_image(97, 131, seed=20).float().numpy()
+    boxes, classes, scores, _ = run(exported[0], image=image)
+    near, near_classes, near_scores, _ = run(exported[1], image=image)
+    distance = np.abs(boxes[:, None] - near[None]).max(axis=2)
+    same = (distance < 6) & (classes[:, None] == near_classes[None])
+    assert same.any(axis=1).mean() > 0.7
+    assert abs(scores.mean() - near_scores.mean()) < 0.05
+
+
+@pytest.mark.slow
+def test_int8_in_openvino(exported):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(exported[1]), "CPU")
+    image = smooth_image(97, 131, seed=20).float().numpy()
+    found, expected = compiled(image), run(exported[1], image=image)
+    assert np.abs(len(found[0]) - len(expected[0])) <= 5
+    assert abs(found[2].mean() - expected[2].mean()) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["onnxsim", "onnxslim"])
+def test_tools_that_simplify_leave_the_result(exported, tool):
+    package = pytest.importorskip(tool, reason=f"{tool} is not installed")
+    model = onnx.load(exported[0])
+    simplified = package.simplify(model)[0] if tool == "onnxsim" else package.slim(model)
+    assert len(simplified.graph.node) < len(onnx.load(exported[0]).graph.node)
+    for size in ((97, 131), (64, 96)):
+        image = smooth_image(*size).float().numpy()
+        for found, expected in zip(run(simplified, image=image), run(exported[0], image=image)):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    properties = {entry.key: entry.value for entry in simplified.metadata_props}
+    assert json.loads(properties["balanced_d2.json"]) == METADATA
+
+
+@pytest.mark.slow
+def test_tool_quantises_by_a_folder(run_here, tiny_coco, tmp_path):
+    opts = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    opts += ["INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"]
+    opts += ["DATASETS.TEST", "('tiny',)", "MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    state = small_model("MODEL.ROI_HEADS.NUM_CLASSES", "2").state_dict()
+    torch.save({"model": state}, tmp_path / "model.pth")
+    images = tiny_coco.parent / "images"
+    result = run_here(
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--format", "onnx"),
+        *("--register", "tiny", tiny_coco, images, "--quantize", images),
+        *("--output", tmp_path, *opts),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "on onnxruntime:" in result.stdout and "AP on tiny: " in result.stdout
+    assert "model.int8.onnx, onnxruntime" in result.stdout
+    int8 = onnx.load(tmp_path / "model.int8.onnx")
+    described = json.loads(int8.metadata_props[0].value)
+    assert described["class_names"] == ["bright", "dark"] and described["format"] == "onnx"
+
+    result = run_here("tools/run_exported.py", tmp_path / "model.int8.onnx", images)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["--format", "pt2"], ["--quantize is for --format onnx and onnx-batch, not pt2"]),
+        (["--format", "onnx"], ["there are no images in the folder"]),
+    ],
+)
+def test_what_cannot_be_quantised(options, parts, run_here, tmp_path):
+    torch.save({"model": small_model().state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "empty").mkdir()
+    result = run_here(
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path / "out"),
+        *("--quantize", tmp_path / "empty", *options),
+        *("MODEL.WEIGHTS", tmp_path / "model.pth", "DATASETS.TEST", "()"),
+        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
+    )
+    assert_user_error(result, *parts)
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_images_to_quantise_by_are_the_networks(tmp_path):
+    from balanced_d2 import load_config
+
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((50, 100, 3), (10 * i, 1, 2), np.uint8))
+    cfg = load_config(TINY_CONFIG, ["INPUT.MIN_SIZE_TEST", "64", "INPUT.FORMAT", "RGB"])
+    images = list(export.calibration_images(cfg, str(tmp_path)))
+    assert [image.shape for image in images] == [(3, 64, 128)] * 3
+    assert [image[:, 0, 0].tolist() for image in images] == [[2, 1, 10 * i] for i in range(3)]
+    with pytest.raises(UserError, match="no images in the folder"):
+        export.calibration_images(cfg, str(tmp_path / "none"))

@@ -1,0 +1,192 @@
+"""The runner of exported files on many images: folders, videos, batches, threads, engines.
+
+The model is a toy that a failure of the runner cannot hide in: it detects one box, the first four
+red values of an image plus (0, 0, 5, 5), with the mean of all values as its score.
+"""
+
+import json
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from balanced_d2.export import run_exported
+
+from .conftest import assert_user_error
+
+RUNNER = run_exported.__file__
+
+
+def toy(path, **changes):
+    def constant(name, *values):
+        return onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [len(values)], values)
+
+    def node(kind, inputs, output, **attributes):
+        return onnx.helper.make_node(kind, inputs, [output], **attributes)
+
+    def value(name, kind, *shape):
+        return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+    floats, integers = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    size = onnx.helper.make_tensor("size", floats, [4], [0.0, 0.0, 5.0, 5.0])
+    white = onnx.helper.make_tensor("white", floats, [], [255.0])
+    one = onnx.helper.make_tensor("value", integers, [1], [1])
+    nodes = [
+        node("Slice", ["images", "from", "to", "axes"], "boxes4"),
+        node("Squeeze", ["boxes4", "channel"], "colors"),
+        node("Add", ["colors", "size"], "boxes"),
+        node("ReduceMean", ["images"], "means4", axes=[1, 2, 3], keepdims=1),
+        node("Squeeze", ["means4", "last"], "means"),
+        node("Div", ["means", "white"], "scores"),
+        node("Shape", ["images"], "number", start=0, end=1),
+        node("ConstantOfShape", ["number"], "num_detections", value=one),
+        node("Shape", ["scores"], "slots"),
+        node("ConstantOfShape", ["slots"], "classes", value=one),
+    ]
+    outputs = [
+        value("num_detections", integers, "n"),
+        value("boxes", floats, "n", 1, 4),
+        value("scores", floats, "n", 1),
+        value("classes", integers, "n", 1),
+    ]
+    constants = [
+        *(constant("from", 0, 0, 0), constant("to", 1, 1, 4), constant("axes", 1, 2, 3)),
+        *(constant("channel", 1), constant("last", 2, 3), size, white),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "toy", [value("images", floats, "n", 3, "h", "w")], outputs, constants
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    described = {
+        "format": "onnx-batch",
+        "format_version": 2,
+        "outputs": [output.name for output in outputs],
+        "class_names": ["a", "b"],
+        "input_format": "RGB",
+        "min_size": 0,
+        "max_size": 0,
+        **changes,
+    }
+    onnx.helper.set_model_props(model, {"balanced_d2.json": json.dumps(described)})
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder of images of two sizes, some of them deeper, one of them bad, and a video."""
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    for i in range(7):
+        size = (30, 20) if i % 3 else (24, 28)
+        pixels = np.full((*size[::-1], 3), 30 * i, np.uint8)
+        pixels[0, :4, 0] = 1, 2, 9 + i, 11
+        path = folder / "deeper" / f"{i}.png" if i > 4 else folder / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+    (folder / "2b.jpg").write_text("not an image")
+    (folder / "notes.txt").write_text("no image, and not asked for")
+    writer = cv2.VideoWriter(str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"FFV1"), 5, (32, 32))
+    for i in range(5):
+        writer.write(np.full((32, 32, 3), 5 * i, np.uint8))
+    writer.release()
+    return folder
+
+
+def records(result):
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return lines
+
+
+def test_folders_videos_batches_and_threads(inputs, run_here, tmp_path):
+    model = toy(tmp_path / "model.onnx")
+    together = run_here(
+        *(RUNNER, model, inputs, "--batch-size", "3", "--threads", "2", "--threshold", "0"),
+        *("--output", tmp_path / "out"),
+    )
+    found = records(together)
+    assert together.returncode == 2
+    error, done = together.stderr.splitlines()
+    assert "cannot read image" in error and "2b.jpg" in error
+    assert done.startswith("done: 12 image(s) in ") and " a second; 1 failed" in done
+    names = [(line["image"].rsplit("/", 1)[1], line.get("frame")) for line in found]
+    assert names == [
+        *((f"{i}.png", None) for i in range(5)),
+        *(("clip.avi", i) for i in range(5)),
+        *((f"{i}.png", None) for i in (5, 6)),
+    ]
+    for line in found:
+        (detection,) = line["detections"]
+        if "frame" in line:
+            left = 5 * line["frame"]
+            assert detection["bbox"] == pytest.approx([left, left, left + 5, left + 5], abs=2)
+            continue
+        i = int(line["image"][-5])
+        assert detection["bbox"] == [1, 2, 9 + i + 5, 11 + 5] and detection["class"] == "b"
+        assert detection["score"] == pytest.approx(30 * i / 255, abs=0.02)
+        assert (line["height"], line["width"]) == ((20, 30) if i % 3 else (28, 24))
+
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"detections.jsonl", "clip.mp4", *(f"{i}.png" for i in range(7))}
+    clip = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert clip.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and clip.get(cv2.CAP_PROP_FPS) == 5
+
+    one_by_one = run_here(RUNNER, model, inputs, "--threshold", "0")
+    assert records(one_by_one) == found and one_by_one.returncode == 2
+
+
+def test_images_of_one_size_go_through_the_model_together(inputs, tmp_path):
+    detector = run_exported.ExportedDetector(str(toy(tmp_path / "model.onnx")))
+    items, number = run_exported.list_items([str(inputs)])
+    assert number is None  # of a video it is not known
+    sizes, model = [], detector._run
+    detector._run = lambda images: sizes.append(images.shape) or model(images)
+    results = run_exported.detect_in(detector, list(items), repeat=0)
+    assert sorted(shape[0] for shape in sizes) == [3, 4, 5] and len(set(sizes)) == 3
+    assert sum(isinstance(result, run_exported.UserError) for result in results) == 1
+
+
+def test_openvino_is_an_engine(inputs, run_here, tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    arguments = [RUNNER, toy(tmp_path / "model.onnx"), inputs, "--threshold", "0"]
+    expected = records(run_here(*arguments, "--engine", "onnxruntime"))
+    found = records(
+        run_here(*arguments, "--engine", "openvino", "--threads", "2", "--batch-size", "2")
+    )
+    for line in [*expected, *found]:
+        for detection in line["detections"]:
+            detection["score"] = round(detection["score"], 5)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["{empty}"], ["no images and no videos in the folder", "empty"]),
+        (["{clip}"], ["cannot read video", "clip.avi"]),
+        (["{none}"], ["cannot read video", "none.mp4"]),
+        (["x.png", "--threads", "0"], ["--threads and --batch-size"]),
+        (["x.png", "--batch-size", "-1"], ["--threads and --batch-size"]),
+        (["{empty}/../clip.avi", "--arrays", "a.npz"], ["--arrays is for a single image"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, parts, run_here, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "clip.avi").write_text("not a video")
+    fill = {"{empty}": tmp_path / "empty", "{clip}": tmp_path / "clip.avi"}
+    fill["{none}"] = tmp_path / "none.mp4"
+    for key, value in fill.items():
+        arguments = [argument.replace(key, str(value)) for argument in arguments]
+    result = run_here(RUNNER, toy(tmp_path / "model.onnx"), *arguments)
+    assert_user_error(result, *parts)
+    assert result.returncode == 2
+
+
+def test_files_of_newer_versions_are_refused(run_here, tmp_path):
+    model = toy(tmp_path / "model.onnx", format_version=99, versions={"balanced_d2": "9.9"})
+    result = run_here(RUNNER, model, "x.png")
+    assert_user_error(result, "format version 99", "9.9")
