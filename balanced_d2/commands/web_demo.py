@@ -7,6 +7,7 @@ loads nothing from elsewhere and sends nothing to anyone.
 
 import argparse
 import os
+import socket
 import threading
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, Optional, Tuple
@@ -192,6 +193,7 @@ def launch(page: Any, host: str, port: Optional[int], max_upload: float) -> str:
     page.queue(default_concurrency_limit=1, max_size=MAX_VISITORS)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
     try:
+        socket.getaddrinfo(host, port)  # Gradio would ask for each of its ports
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
