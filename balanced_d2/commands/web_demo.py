@@ -194,7 +194,7 @@ def launch(page: Any, host: str, port: Optional[int], max_upload: float) -> str:
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
     try:
         socket.getaddrinfo(host, port)  # Gradio would ask for each of its ports
-        _, address, _ = page.launch(
+        page.launch(
             server_name=host,
             server_port=port,
             max_file_size=int(max_upload * 1e6),
@@ -209,7 +209,11 @@ def launch(page: Any, host: str, port: Optional[int], max_upload: float) -> str:
         )
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve at {host}, port {port or 7860}: {error}") from error
-    return address
+    except ValueError:
+        # Gradio's own look at the page, which a proxy or a busy machine may prevent.
+        if not page.is_running:
+            raise
+    return page.local_url
 
 
 def main(args: argparse.Namespace) -> None:
