@@ -182,6 +182,11 @@ def test_unknown_name(check):
     assert exit_code == 2 and "'nowhere' is not registered" in err and not out
 
 
+def test_a_path_instead_of_a_name(check, tiny_coco):
+    exit_code, out, err = check("own", str(tiny_coco))
+    assert exit_code == 2 and f"--register my {tiny_coco} gives it the name my" in err and not out
+
+
 @pytest.mark.slow
 def test_as_a_program(tiny_coco):
     result = run_program(

@@ -236,14 +236,30 @@ print("asked:", sorted({{str(host) for host in asked}}))
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken(trained, run_here):
+def test_addresses_that_cannot_be_used(trained, run_here):
     pytest.importorskip("gradio", reason="needs the package gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         result = run_here("tools/web_demo.py", "--model", trained, "--port", port)
-    assert_user_error(result, f"cannot serve at 127.0.0.1, port {port}")
+        assert_user_error(result, f"cannot serve at 127.0.0.1, port {port}")
+    result = run_here("tools/web_demo.py", "--model", trained, "--host", "no host")
+    assert_user_error(result, "cannot serve at no host, port 7860")
+
+
+@pytest.mark.slow
+def test_gradio_cannot_look_at_the_page(trained, monkeypatch):
+    """Through a proxy, or because the machine is busy: it is served all the same."""
+    gradio = pytest.importorskip("gradio", reason="needs the package gradio")
+    monkeypatch.setattr(gradio.networking, "url_ok", lambda url: False)
+    page = web_demo.build_page(Detector.load(trained), "mine")
+    address = web_demo.launch(page, "127.0.0.1", None, 20)
+    try:
+        with urllib.request.urlopen(address) as response:
+            assert b"balanced_d2: mine" in response.read()
+    finally:
+        page.close(verbose=False)
 
 
 # In a browser

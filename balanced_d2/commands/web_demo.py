@@ -7,6 +7,7 @@ loads nothing from elsewhere and sends nothing to anyone.
 
 import argparse
 import os
+import socket
 import threading
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, Optional, Tuple
@@ -192,7 +193,8 @@ def launch(page: Any, host: str, port: Optional[int], max_upload: float) -> str:
     page.queue(default_concurrency_limit=1, max_size=MAX_VISITORS)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
     try:
-        _, address, _ = page.launch(
+        socket.getaddrinfo(host, port)  # Gradio would ask for each of its ports
+        page.launch(
             server_name=host,
             server_port=port,
             max_file_size=int(max_upload * 1e6),
@@ -207,7 +209,11 @@ def launch(page: Any, host: str, port: Optional[int], max_upload: float) -> str:
         )
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve at {host}, port {port or 7860}: {error}") from error
-    return address
+    except ValueError:
+        # Gradio's own look at the page, which a proxy or a busy machine may prevent.
+        if not page.is_running:
+            raise
+    return page.local_url
 
 
 def main(args: argparse.Namespace) -> None:

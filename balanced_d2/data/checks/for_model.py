@@ -294,6 +294,11 @@ def check_registered(name: str) -> None:
             raise UserError(
                 f"data set {name!r} is not registered, but {', '.join(splits)} are: use these"
             )
+        if os.path.exists(name):
+            raise UserError(
+                f"{name!r} is a path, not the name of a data set: --register my {name} gives it "
+                "the name my"
+            )
         raise UserError(
             f"data set {name!r} is not registered; a dataset in the format COCO JSON, YOLO, Pascal "
             f"VOC XML or CSV can be registered with --register {name} PATH"
