@@ -191,8 +191,8 @@ def load_aoti(path: str, device: str):
             return detect(padded, torch.tensor([[height, width]] * len(images)))
         except RuntimeError as error:  # such as of its assertions about sizes
             raise UserError(
-                f"{path} does not take images of {width} x {height}, which may be too small for it; "
-                f"export with --format pt2 ({one_line(error)})"
+                f"{path} does not take images of {width} x {height}, which may be too small for "
+                f"it; export with --format pt2 ({one_line(error)})"
             ) from None
 
     return with_tensors(detect_padded, device), None
