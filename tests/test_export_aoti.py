@@ -88,7 +88,7 @@ def test_padded_images_of_several_sizes():
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A model and its package, which takes a minute to compile."""
+    """A model and its package, which takes two minutes to compile."""
     model = small_model()
     path = str(tmp_path_factory.mktemp("aoti") / "model.aoti.pt2")
     export.export_aoti(model, smooth_image(120, 140, seed=1), path, described("aoti"))
@@ -134,6 +134,8 @@ assert not {{"detectron2", "balanced_d2"}} & set(sys.modules)
     )
     assert len(found) == len(outputs["scores"]) > 0
     np.testing.assert_array_equal(found.scores, outputs["scores"])
+    with pytest.raises(run_exported.UserError, match="does not take images of 40 x 30"):
+        run_exported.ExportedDetector(path)(np.zeros((3, 30, 40), np.float32))
 
 
 class Loaded(run_exported.ExportedDetector):
