@@ -19,8 +19,8 @@ from balanced_d2.export.batched import PaddedDeployable
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
-from .test_export import ARCHITECTURES, silence, small_model, smooth_image
-from .test_export_program import BATCHES, SMALLEST, assert_equal, stored
+from .test_export import ARCHITECTURES, small_model, smooth_image
+from .test_export_program import SMALLEST, assert_equal, stored
 
 METADATA = {
     **{"format_version": 2, "input_format": "BGR", "class_names": ["a", 'b "é"', "c"]},
@@ -30,6 +30,8 @@ OUTPUTS = {
     "torchscript": ["boxes", "classes", "scores", "image_size"],
     "aoti": ["num_detections", "boxes", "scores", "classes"],
 }
+# Numbers of images, heights and widths. P6 has more than one position.
+SIZES = [(1, 97, 211), (2, 64, 96), (3, 1, 65), (1, 300, 400)]
 has_compiler = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler"
 )
@@ -86,7 +88,7 @@ def test_padded_images_of_several_sizes():
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A model and its package, which takes a minute to compile."""
+    """A model and its package, which takes two minutes to compile."""
     model = small_model()
     path = str(tmp_path_factory.mktemp("aoti") / "model.aoti.pt2")
     export.export_aoti(model, smooth_image(120, 140, seed=1), path, described("aoti"))
@@ -98,16 +100,9 @@ def package(tmp_path_factory):
 def test_package_equals_the_model(package):
     model, path = package
     detect = torch._inductor.aoti_load_package(path)
-    for batch in BATCHES:
+    for batch in SIZES:
         assert assert_equal(model, padded(detect, fill=99.0), batch) > 0
-    assert_equal(model, padded(detect), SMALLEST)
     assert_sizes_go_together(model, detect)
-    silent = silence(small_model())
-    bias = "model.roi_heads.box_predictor.cls_score.bias"
-    detect.load_constants(
-        {bias: silent.roi_heads.box_predictor.cls_score.bias.data}, check_full_update=False
-    )
-    assert assert_equal(silent, padded(detect), BATCHES[0]) == 0
 
 
 @pytest.mark.slow
@@ -123,7 +118,7 @@ found = torch._inductor.aoti_load_package({path!r})(
     torch.zeros(1, 3, 64, 96), torch.tensor([[50, 90]])
 )
 assert [tuple(output.shape) for output in found] == [(1,), (1, 100, 4), (1, 100), (1, 100)]
-assert not any("detectron2" in name or "balanced_d2" in name for name in sys.modules)
+assert not {{"detectron2", "balanced_d2"}} & set(sys.modules)
 """
     environment = {**os.environ, "PATH": "", "CXX": "/nowhere"}  # no compiler
     result = subprocess.run(
@@ -139,6 +134,8 @@ assert not any("detectron2" in name or "balanced_d2" in name for name in sys.mod
     )
     assert len(found) == len(outputs["scores"]) > 0
     np.testing.assert_array_equal(found.scores, outputs["scores"])
+    with pytest.raises(run_exported.UserError, match="does not take images of 40 x 30"):
+        run_exported.ExportedDetector(path)(np.zeros((3, 30, 40), np.float32))
 
 
 class Loaded(run_exported.ExportedDetector):

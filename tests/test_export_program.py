@@ -8,11 +8,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from detectron2.structures.keypoints import heatmaps_to_keypoints
 from PIL import Image
 from torchvision.ops import nms
 
 from balanced_d2 import export
 from balanced_d2.export.batched import _best, _move_apart
+from balanced_d2.export.keypoints import _find_in_one, find_keypoints
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.onnx import _divide_exactly
 from balanced_d2.utils.errors import UserError
@@ -128,6 +130,18 @@ def test_best_scores_have_a_fixed_number():
     assert index.tolist() == [[1, 0, 0, 0, 0], [2, 0, 1, 0, 0]]
     assert best.isfinite().sum(dim=1).tolist() == [2, 3]
     assert _best(scores, 2)[1].tolist() == [[1, 0], [2, 0]]
+
+
+def test_keypoints_of_one_box_are_detectron2s():
+    torch.manual_seed(5)
+    maps = 3 * torch.randn(6, 4, 14, 14)
+    corners = 50 * torch.rand(6, 2)
+    sizes = torch.tensor([[30.2, 17.9], [8, 40], [0.3, 0.2], [14, 14], [100, 3.5], [1, 1]])
+    boxes = torch.cat([corners, corners + sizes], dim=1)
+    expected = heatmaps_to_keypoints(maps, boxes)[:, :, [0, 1, 3]]
+    torch.testing.assert_close(find_keypoints(maps, boxes), expected, rtol=0, atol=0)
+    found = torch.stack([_find_in_one(*one) for one in zip(maps, boxes)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def exported(model, kind, folder):

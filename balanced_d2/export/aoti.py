@@ -23,7 +23,8 @@ def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
 
     A process loads it by ``torch._inductor.aoti_load_package`` with torch and torchvision alone; no
     compiler is needed there. What it takes and returns is said by
-    :class:`balanced_d2.export.batched.PaddedDeployable`.
+    :class:`balanced_d2.export.batched.PaddedDeployable`, but for images of which a level of the
+    pyramid has a single position: these it refuses.
 
     Args:
         model: as for :class:`PaddedDeployable`. It stays as it is.

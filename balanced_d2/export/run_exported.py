@@ -203,13 +203,22 @@ def load_aoti(path: str, device: str):
     import torch
     import torchvision  # noqa: F401  # its operators
 
+    # They warn where there is no CUDA and no compiler, which are not needed.
+    for name in ("torch.utils.cpp_extension", "torch._inductor"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     multiple = json.loads(zip_metadata(path))["size_divisibility"]
     detect = torch._inductor.aoti_load_package(path)
 
     def detect_padded(images):
         height, width = images.shape[2:]
         padded = torch.nn.functional.pad(images, (0, -width % multiple, 0, -height % multiple))
-        return detect(padded, torch.tensor([[height, width]] * len(images)))
+        try:
+            return detect(padded, torch.tensor([[height, width]] * len(images)))
+        except RuntimeError as error:  # such as of its assertions about sizes
+            raise UserError(
+                f"{path} does not take images of {width} x {height}, which may be too small for "
+                f"it; export with --format pt2 ({one_line(error)})"
+            ) from None
 
     return with_tensors(detect_padded, device), None
 
