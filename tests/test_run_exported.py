@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from balanced_d2 import export
 from balanced_d2.export import run_exported
 
 from .conftest import assert_user_error
@@ -209,3 +210,22 @@ def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
     onnx.save(described, str(model))
     result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0")
     assert result.returncode == 0 and len(json.loads(result.stdout)["detections"]) == 1
+
+
+def test_latencies_of_all_engines(tmp_path):
+    model = toy(tmp_path / "model.onnx")
+    numbers = []
+    image = torch.zeros(3, 20, 30)
+    said = export.latencies(
+        lambda batch: numbers.append(len(batch)),
+        [(str(model), "onnx-batch"), (str(model), "onnx")],
+        image,
+        RUNNER,
+    )
+    _, _, eager, *rows = said.splitlines()
+    assert eager.startswith("eager ") and set(numbers) == {1, 4, 8}
+    engines = export.installed_engines("onnx")
+    assert [row.split()[1] for row in rows] == 2 * engines and "onnxruntime" in engines
+    for row in rows[: len(engines)]:
+        assert all(float(value) > 0 for value in row.split()[2:])
+    assert all(row.split()[3:] == ["-", "-"] for row in rows[len(engines) :])
