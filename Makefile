@@ -39,6 +39,7 @@ test-fast: $(READY)
 soak: $(READY)
 	NUM_KILLS=30 HYPOTHESIS_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 \
 		tests/test_reliability.py tests/test_properties.py tests/test_formats_properties.py
+	EXPORT_IMAGES=300 $(BIN)/python -m pytest tests/test_export_fuzz.py
 
 lint: $(READY)
 	$(BIN)/ruff check --line-length 100 --select E,F,W,I,B,UP,SIM,C4 \

@@ -52,7 +52,6 @@ def test_exported_models(benchmark, tmp_path, capsys):
         bench, benchmark.DEPLOYED[0], 48, 64, str(tmp_path), formats=("torchscript", "onnx")
     )
     assert {"eager, float32", "eager, bfloat16", "torchscript", "onnx in onnxruntime"} <= set(rows)
-    assert "onnx, int8 in onnxruntime" in rows
     assert rows["eager, float32"]["ratio"] == 1
     assert all(row["median_ms"] > 0 for row in rows.values())
     printed = capsys.readouterr().out

@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
+from balanced_d2 import export
 from balanced_d2.export import run_exported
 
 from .conftest import assert_user_error
@@ -186,7 +188,44 @@ def test_what_is_wrong_is_said_in_one_line(arguments, parts, run_here, tmp_path)
     assert result.returncode == 2
 
 
-def test_files_of_newer_versions_are_refused(run_here, tmp_path):
-    model = toy(tmp_path / "model.onnx", format_version=99, versions={"balanced_d2": "9.9"})
-    result = run_here(RUNNER, model, "x.png")
-    assert_user_error(result, "format version 99", "9.9")
+@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+def test_files_of_newer_versions_are_refused(kind, run_here, tmp_path):
+    newer = {"format_version": 99, "versions": {"balanced_d2": "9.9"}}
+    model = toy(tmp_path / "model.onnx", **newer)
+    if kind == "torchscript":
+        model = tmp_path / "model.ts"
+        traced = torch.jit.trace(lambda image: image, torch.zeros(3, 4, 4))
+        files = {"balanced_d2.json": json.dumps({"format": kind, **newer})}
+        torch.jit.save(traced, str(model), _extra_files=files)
+    assert_user_error(run_here(RUNNER, model, "x.png"), "format version 99", "9.9")
+
+
+def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
+    model = toy(tmp_path / "model.onnx")
+    described = onnx.load(model)
+    metadata = json.loads(described.metadata_props[0].value)
+    for key in ("format", "format_version"):
+        del metadata[key]
+    onnx.helper.set_model_props(described, {"balanced_d2.json": json.dumps(metadata)})
+    onnx.save(described, str(model))
+    result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0")
+    assert result.returncode == 0 and len(json.loads(result.stdout)["detections"]) == 1
+
+
+def test_latencies_of_all_engines(tmp_path):
+    model = toy(tmp_path / "model.onnx")
+    numbers = []
+    image = torch.zeros(3, 20, 30)
+    said = export.latencies(
+        lambda batch: numbers.append(len(batch)),
+        [(str(model), "onnx-batch"), (str(model), "onnx")],
+        image,
+        RUNNER,
+    )
+    _, _, eager, *rows = said.splitlines()
+    assert eager.startswith("eager ") and set(numbers) == {1, 4, 8}
+    engines = export.installed_engines("onnx")
+    assert [row.split()[1] for row in rows] == 2 * engines and "onnxruntime" in engines
+    for row in rows[: len(engines)]:
+        assert all(float(value) > 0 for value in row.split()[2:])
+    assert all(row.split()[3:] == ["-", "-"] for row in rows[len(engines) :])

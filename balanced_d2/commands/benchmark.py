@@ -784,7 +784,7 @@ def compare_exported(
             print(f"{format} is left out: {error}", flush=True)
             continue
         files = {format: path}
-        if format.startswith("onnx"):
+        if format == "onnx-batch":
             files[f"{format}, int8"] = f"{path}.int8"
             noise = (labelled_image(seed, height, width)["image"].numpy() for seed in range(4))
             export.quantize_onnx(path, f"{path}.int8", noise)

@@ -1,11 +1,12 @@
 """Write a trained detector as one file (TorchScript, torch.export, ONNX), and verify it.
 
 The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
-(onnx-batch), and with --quantize also .int8.onnx or .batch.int8.onnx.
+(onnx-batch), and with --quantize also .batch.int8.onnx.
 tools/run_exported.py runs any of them, without Detectron2.
 """
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -49,8 +50,11 @@ def main(args: argparse.Namespace) -> None:
             "--method scripting was retired, since PyTorch has deprecated scripting; leave it out: "
             "every model can be exported by tracing"
         )
-    if args.quantize and not args.format.startswith("onnx"):
-        raise UserError(f"--quantize is for --format onnx and onnx-batch, not {args.format}")
+    if args.quantize and args.format != "onnx-batch":
+        raise UserError(
+            f"--quantize is for --format onnx-batch, not {args.format} (of --format onnx in int8, "
+            "OpenVINO finds nothing)"
+        )
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")
@@ -97,17 +101,19 @@ def compare_accuracy(cfg: CfgNode, paths: List[str]) -> None:
     """Say what quantisation has cost on the data sets of the config; too much is an error."""
     lost = []
     trainer = trainer_for(cfg)
-    for dataset in cfg.DATASETS.TEST:
+    engines = export.installed_engines("onnx-batch")
+    for dataset, engine in itertools.product(cfg.DATASETS.TEST, engines):
         with tempfile.TemporaryDirectory() as folder:
             before, after = (
                 export.average_precision(
                     path,
                     trainer.build_test_loader(cfg, dataset),
                     trainer.build_evaluator(cfg, dataset, folder),
+                    engine,
                 )
                 for path in paths
             )
-        print(f"AP on {dataset}: {before:.2f} before, {after:.2f} in int8", flush=True)
+        print(f"AP on {dataset}, {engine}: {before:.2f} before, {after:.2f} in int8", flush=True)
         lost.append(before - after)
     if not lost:
         print("note: without DATASETS.TEST, it is not known how much AP int8 costs")
@@ -153,7 +159,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--quantize",
         metavar="FOLDER",
-        help="also write the ONNX file in int8, with the ranges of activations on FOLDER's images",
+        help="of onnx-batch, also in int8, with the ranges of activations on FOLDER's images",
     )
     # From the time when there was a choice: commands of then still run.
     parser.add_argument(
