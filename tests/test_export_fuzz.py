@@ -65,9 +65,18 @@ def eager(model, image):
     return detections({**outputs, "scores": found.scores}, tuple(image.shape[1:]))
 
 
-def has_ties(found):
-    """Whether scores are so near to each other that rounding decides which box is kept."""
-    return len(found.scores) > 1 and np.abs(np.diff(found.scores)).min() <= 2e-5
+def rounding_decides(model, image, found, kind):
+    """Whether the eager model finds something else itself if the image changes by 1/1000 of a gray
+    level: scores, or an overlap and its threshold, are then so near that rounding decides. In a
+    constant image, all positions have the same scores."""
+    if kind == "constant":
+        return True
+    for seed in range(5):
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+        changed = eager(model, image + 1e-3 * noise)
+        if not Comparison(found, changed, (0.1, 1e-3)).agrees:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +110,16 @@ def test_random_sizes_and_batches(engines):
         expected = [eager(model, image) for image in images]
         for (format, engine), detector in runs.items():
             found = detector.detect(list(images.numpy()))
-            for before, outputs in zip(expected, found):
+            for image, before, outputs in zip(images, expected, found):
                 after = detections(outputs, before.image_size)
                 compared += 1
                 if Comparison(before, after, export.TOLERANCES[format]).agrees:
                     continue
-                # Other kernels, also PyTorch's own for a batch, round otherwise, so that of boxes
-                # with one score another comes first: this can differ, and only where it is so.
-                if format != "torchscript" and (kind == "constant" or has_ties(before)):
+                # Other kernels, also PyTorch's own for a batch, round otherwise.
+                if format != "torchscript" and rounding_decides(model, image, before, kind):
                     ties += 1
                     continue
                 wrong.append((format, engine, kind, tuple(images.shape)))
-    print(f"{NUM_BATCHES or 8} batches, {compared} comparisons, {ties} with ties")
+    print(f"{NUM_BATCHES or 8} batches, {compared} comparisons, {ties} decided by rounding")
     assert not wrong
     assert ties < 0.25 * compared
