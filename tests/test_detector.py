@@ -184,7 +184,7 @@ def test_mistakes_in_sources(training, tmp_path):
         ((training / "model_final.pth", "other.pth"), "give no other weights"),
         ((training, "nothing.pth"), "nothing.pth"),
         ((tmp_path / "none.onnx",), "there is no model file .*none.onnx"),
-        ((tmp_path / "text.onnx",), "text.onnx is not a model"),
+        ((tmp_path / "text.onnx",), "text.onnx is not an exported model"),
         ((tmp_path / "text.onnx", "model.pth"), "it has its weights"),
     ):
         with pytest.raises(UserError, match=message):

@@ -462,9 +462,9 @@ def test_export_ends_with_one_line_and_an_exit_code(weights, tmp_path):
     "arguments, parts",
     {
         "no such model": (["{bad}/none.ts", "{image}"], ["there is no model file", "none.ts"]),
-        "cut TorchScript": (["{bad}/cut.ts", "{image}"], ["cut.ts is not a model"]),
-        "cut ONNX": (["{bad}/cut.onnx", "{image}"], ["cut.onnx is not a model"]),
-        "a zip": (["{bad}/other.zip", "{image}"], ["other.zip is not a model"]),
+        "cut TorchScript": (["{bad}/cut.ts", "{image}"], ["cut.ts is not an exported model"]),
+        "cut ONNX": (["{bad}/cut.onnx", "{image}"], ["cut.onnx is not an exported model"]),
+        "a zip": (["{bad}/other.zip", "{image}"], ["other.zip is not an exported model"]),
         "another TorchScript": (["{bad}/other.ts", "{image}"], ["other.ts was not written by"]),
         "no such image": (["{model}", "{bad}/none.jpg"], ["cannot read image", "none.jpg"]),
         "image is text": (["{model}", "{bad}/text.jpg"], ["cannot read image", "text.jpg"]),

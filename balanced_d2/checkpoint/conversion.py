@@ -9,8 +9,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from balanced_d2.config import load_config
-from balanced_d2.config.zoo import get_config_file
 from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.files import check_writable, replacing
 
@@ -168,6 +166,7 @@ def convert_file(
     checkpoint: object,
     recognise: Callable[[State], Recognised],
     convert: Callable[[State, Any, CfgNode], State],
+    config_of: Callable[[str, List[str]], CfgNode],
     key: str = "state_dict",
 ) -> None:
     """Write the model of a checkpoint as one of this project, and print how to use it.
@@ -178,6 +177,7 @@ def convert_file(
         checkpoint: its content, for :func:`state_dict_of` with ``key``.
         recognise: what model its tensors are of.
         convert: the new tensors; the last argument is the config of the model.
+        config_of: gives it, for the name of a file in ``configs/`` and further options.
 
     Raises:
         UserError: if it is no such checkpoint, or the new file cannot be written or would replace
@@ -190,8 +190,7 @@ def convert_file(
         state = state_dict_of(checkpoint, key)
         recognised = recognise(state)
         config = f"{recognised.project}/{recognised.config}"
-        cfg = load_config(get_config_file(config), recognised.options)
-        converted = convert(state, recognised, cfg)
+        converted = convert(state, recognised, config_of(config, recognised.options))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     print(f"recognised: {recognised}", flush=True)

@@ -8,11 +8,18 @@ import argparse
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import conversion, mmdet
 from balanced_d2.checkpoint.unpickle import load_inert
+from balanced_d2.config import load_config
+from balanced_d2.config.zoo import get_config_file
 
 
 def main(args: argparse.Namespace) -> None:
     conversion.convert_file(
-        args.checkpoint, args.output, load_inert(args.checkpoint), mmdet.recognise, mmdet.convert
+        args.checkpoint,
+        args.output,
+        load_inert(args.checkpoint),
+        mmdet.recognise,
+        mmdet.convert,
+        lambda config, options: load_config(get_config_file(config), options),
     )
 
 

@@ -10,14 +10,21 @@ from functools import partial
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import conversion, torchvision
 from balanced_d2.checkpoint.unpickle import load_inert
+from balanced_d2.config import load_config
+from balanced_d2.config.zoo import get_config_file
 
 
 def main(args: argparse.Namespace) -> None:
     is_file = os.path.exists(args.weights) or args.weights.endswith((".pth", ".pt"))
     checkpoint = load_inert(args.weights) if is_file else torchvision.download(args.weights)
-    recognise = partial(torchvision.recognise, epsilon=args.epsilon)
     conversion.convert_file(
-        args.weights, args.output, checkpoint, recognise, torchvision.convert, key="model"
+        args.weights,
+        args.output,
+        checkpoint,
+        partial(torchvision.recognise, epsilon=args.epsilon),
+        torchvision.convert,
+        lambda config, options: load_config(get_config_file(config), options),
+        key="model",
     )
 
 

@@ -205,7 +205,7 @@ def latencies(
         return lambda: model([{"image": image}] * number)
 
     with torch.no_grad(), no_export_warnings():
-        rows = [["eager", *(f"{1000 * _median(eager(number))[0]:.1f}" for number in BATCHES)]]
+        rows = [["eager", *(_milliseconds(_median(eager(number))[0]) for number in BATCHES)]]
     for path, format in files:
         for engine in installed_engines(format):
             row = [f"{os.path.basename(path)}, {engine or 'PyTorch'}"]
@@ -214,10 +214,14 @@ def latencies(
                     row.append("-")
                     continue
                 record, _ = _run(runner, path, image, MAX_RUNS, engine, number)
-                row.append(f"{1000 * number * record['seconds']:.1f}")
+                row.append(_milliseconds(number * record["seconds"]))
             rows.append(row)
     headers = ["latency (ms)", *(f"{number} image{'s' * (number > 1)}" for number in BATCHES)]
     return tabulate(rows, headers, disable_numparse=True, colalign=["left"] + 3 * ["right"])
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.{1 if seconds >= 0.001 else 3}f}"
 
 
 def _median(run: Callable) -> Tuple[float, int]:
