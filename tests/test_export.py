@@ -35,8 +35,8 @@ def small_model(*opts, config=TINY_CONFIG):
     """A model with random weights whose scores spread out, so that their order is no accident."""
     opts = [*("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "3"), *opts]
     opts = [*("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""), *opts]
-    model = build_model(load_config(config, opts)).eval()
     torch.manual_seed(3)
+    model = build_model(load_config(config, opts)).eval()
     for name, parameter in model.named_parameters():
         if name == "head.cls_score.weight":  # of RetinaNet
             torch.nn.init.normal_(parameter, std=0.03)

@@ -65,16 +65,15 @@ def eager(model, image):
     return detections({**outputs, "scores": found.scores}, tuple(image.shape[1:]))
 
 
-def rounding_decides(model, image, found, kind):
-    """Whether the eager model finds something else itself if the image changes by 1/1000 of a gray
-    level: scores, or an overlap and its threshold, are then so near that rounding decides. In a
-    constant image, all positions have the same scores."""
+def rounding_decides(model, image, found, kind, tolerance):
+    """Whether the eager model finds something else itself if the image changes by 1/10,000 of a
+    gray level, which is about what float32 rounds: scores, or an overlap and its threshold, are
+    then so near that rounding decides. In a constant image, all positions have the same scores."""
     if kind == "constant":
         return True
-    for seed in range(5):
+    for seed in range(20):
         noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
-        changed = eager(model, image + 1e-3 * noise)
-        if not Comparison(found, changed, (0.1, 1e-3)).agrees:
+        if not Comparison(found, eager(model, image + 1e-4 * noise), tolerance).agrees:
             return True
     return False
 
@@ -103,23 +102,35 @@ def engines(tmp_path_factory):
 def test_random_sizes_and_batches(engines):
     model, runs = engines
     generator = random.Random(0)
-    compared, ties, wrong = 0, 0, []
+    compared, ties, refused, wrong = 0, 0, 0, []
     for i in range(NUM_BATCHES or 8):
         kind = KINDS[i % len(KINDS)]
         images = batch_of(generator, kind)
         expected = [eager(model, image) for image in images]
         for (format, engine), detector in runs.items():
-            found = detector.detect(list(images.numpy()))
+            try:
+                found = detector.detect(list(images.numpy()))
+            except UserError:
+                # A level of the pyramid would have a single position.
+                assert format == "aoti" and max(images.shape[2:]) <= 64
+                refused += len(images)
+                continue
             for image, before, outputs in zip(images, expected, found):
                 after = detections(outputs, before.image_size)
                 compared += 1
-                if Comparison(before, after, export.TOLERANCES[format]).agrees:
+                tolerance = export.TOLERANCES[format]
+                if Comparison(before, after, tolerance).agrees:
                     continue
                 # Other kernels, also PyTorch's own for a batch, round otherwise.
-                if format != "torchscript" and rounding_decides(model, image, before, kind):
+                if format != "torchscript" and rounding_decides(
+                    model, image, before, kind, tolerance
+                ):
                     ties += 1
                     continue
                 wrong.append((format, engine, kind, tuple(images.shape)))
-    print(f"{NUM_BATCHES or 8} batches, {compared} comparisons, {ties} decided by rounding")
+    print(
+        f"{NUM_BATCHES or 8} batches, {compared} comparisons, {ties} decided by rounding, "
+        f"{refused} images refused"
+    )
     assert not wrong
     assert ties < 0.25 * compared

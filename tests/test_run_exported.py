@@ -152,6 +152,22 @@ def test_images_of_one_size_go_through_the_model_together(inputs, tmp_path):
     assert sum(isinstance(result, run_exported.UserError) for result in results) == 1
 
 
+def test_images_of_a_size_that_the_model_refuses_stop_no_others(inputs, tmp_path):
+    detector = run_exported.ExportedDetector(str(toy(tmp_path / "model.onnx")))
+    model = detector._run
+
+    def without_clip(images):
+        if images.shape[2:] == (32, 32):
+            raise run_exported.UserError("too small")
+        return model(images)
+
+    detector._run = without_clip
+    items, _ = run_exported.list_items([str(inputs)])
+    results = run_exported.detect_in(detector, list(items), repeat=0)
+    errors = [str(result) for result in results if isinstance(result, run_exported.UserError)]
+    assert len(results) == 13 and errors.count("too small") == 5 and len(errors) == 6
+
+
 def test_openvino_is_an_engine(inputs, run_here, tmp_path):
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     arguments = [RUNNER, toy(tmp_path / "model.onnx"), inputs, "--threshold", "0"]

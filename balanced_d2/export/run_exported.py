@@ -417,7 +417,11 @@ def detect_in(detector: ExportedDetector, items: list, repeat: int) -> list:
         except UserError as error:
             results[i] = error
     for group in by_size.values():
-        outputs, seconds = run(detector, [array for _, _, array in group], repeat)
+        try:
+            outputs, seconds = run(detector, [array for _, _, array in group], repeat)
+        except UserError as error:  # the model takes no images of this size
+            results.update((i, error) for i, _, _ in group)
+            continue
         for (i, image, array), output in zip(group, outputs):
             results[i] = Result(image, array, output, seconds / len(group))
     return [results[i] for i in range(len(items))]
