@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from balanced_d2 import export
-from balanced_d2.commands.export_model import EXPORTERS
+from balanced_d2.commands.export_model import EXPORTERS, EXTENSIONS
 from balanced_d2.export import Comparison, installed_engines
 from balanced_d2.export.run_exported import ExportedDetector
 from balanced_d2.export.verify import Detections
@@ -85,7 +85,7 @@ def engines(tmp_path_factory):
     model = small_model()
     runs = {}
     for format in EXPORTERS if NUM_BATCHES else FAST:
-        path = str(folder / f"model.{format}")
+        path = str(folder / f"model.{EXTENSIONS[format]}")
         outputs = export.output_names(is_batch=format in export.BATCH_FORMATS)
         described = {**METADATA, "format": format, "outputs": outputs}
         try:

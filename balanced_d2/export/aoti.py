@@ -29,7 +29,8 @@ def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
     Args:
         model: as for :class:`PaddedDeployable`. It stays as it is.
         image: an example, shape (3, H, W).
-        path: the file. One that is there is replaced when the new one is complete.
+        path: the file, whose name ends in ``.pt2``. One that is there is replaced when the new one
+            is complete.
         metadata: stored in the file as JSON, see :func:`balanced_d2.export.describe`, with
             ``size_divisibility``, what height and width of its input are multiples of.
 
@@ -37,6 +38,8 @@ def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
         UserError: if there is no C++ compiler, the model cannot be exported or the file not be
             written.
     """
+    if not path.endswith(".pt2"):
+        raise UserError(f"{path}: the name of an AOTInductor package has to end in .pt2")
     check_compiler()
     program = export_padded_program(model, image)
     with replacing(path) as temporary, no_export_warnings():
