@@ -760,7 +760,7 @@ def compare_exported(
     """
     # Not needed by the other parts, and the exporters take long to import.
     from balanced_d2 import export
-    from balanced_d2.commands.export_model import EXPORTERS
+    from balanced_d2.commands.export_model import EXPORTERS, EXTENSIONS
     from balanced_d2.export.run_exported import ExportedDetector
 
     random = switched(("MODEL.TIMM.PRETRAINED",), False)
@@ -775,7 +775,7 @@ def compare_exported(
     model = WholeModel(bench, config, random + switched(FAST + MIXED, False)).model.eval()
     described = {"class_names": [], "input_format": "BGR", "min_size": 0, "max_size": 0}
     for format in formats or EXPORTERS:
-        path = os.path.join(folder, f"model.{format}")
+        path = os.path.join(folder, f"model.{EXTENSIONS[format]}")
         outputs = export.output_names(is_batch=format in export.BATCH_FORMATS)
         metadata = {**described, "format": format, "outputs": outputs}
         try:
