@@ -19,6 +19,7 @@ from balanced_d2.data.datasets.register import register_from
 from balanced_d2.detection import Detector
 from balanced_d2.detection.tiles import check_tiling
 from balanced_d2.engine import add_model_arguments, config_from
+from balanced_d2.export.sample import IMAGES
 from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of
 from balanced_d2.utils.files import check_writable, open_replacing, raise_if_unwritable
@@ -34,7 +35,6 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 WINDOW = "balanced_d2: any key for the next, Esc or q to quit"
 ESCAPE = 27

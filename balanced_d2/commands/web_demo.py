@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Optional, Tuple
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.features import recorded_levels
-from balanced_d2.commands.detect import IMAGES, add_detector_arguments, load_detector
+from balanced_d2.commands.detect import add_detector_arguments, load_detector
 from balanced_d2.detection import Detector
+from balanced_d2.export.sample import IMAGES
 from balanced_d2.utils.errors import UserError, check_package
 from balanced_d2.visualization.feature_sheet import draw_features
 from balanced_d2.visualization.figure import as_image
