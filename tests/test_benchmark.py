@@ -5,17 +5,15 @@ import json
 import pytest
 import torch
 
-import balanced_d2.commands.benchmark
+from balanced_d2.benchmark import Bench
+from balanced_d2.benchmark.baselines import ExplicitBalancer, sample_with_sets
+from balanced_d2.benchmark.exported import DEPLOYED, compare_exported
+from balanced_d2.benchmark.parts import forward_and_backward, pyramid
 from balanced_d2.modeling import FeatureBalancer
 
 from .conftest import assert_user_error, run_program
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return balanced_d2.commands.benchmark
 
 
 def test_runs_on_tiny_sizes(tmp_path):
@@ -46,10 +44,10 @@ def test_runs_on_tiny_sizes(tmp_path):
                 assert row["seconds"]["convolution"] > 0
 
 
-def test_exported_models(benchmark, tmp_path, capsys):
-    bench = benchmark.Bench("cpu", turns=1)
-    rows = benchmark.compare_exported(
-        bench, benchmark.DEPLOYED[0], 48, 64, str(tmp_path), formats=("torchscript", "onnx")
+def test_exported_models(tmp_path, capsys):
+    bench = Bench("cpu", turns=1)
+    rows = compare_exported(
+        bench, DEPLOYED[0], 48, 64, str(tmp_path), formats=("torchscript", "onnx")
     )
     assert {"eager, float32", "eager, bfloat16", "torchscript", "onnx in onnxruntime"} <= set(rows)
     assert rows["eager, float32"]["ratio"] == 1
@@ -95,10 +93,10 @@ def assert_near(got, expected, tolerance):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_balancer_equals_the_explicit_form(benchmark, seed):
+def test_balancer_equals_the_explicit_form(seed):
     """In single precision, against the explicit form in double precision."""
     torch.manual_seed(seed)
-    explicit, balancer = benchmark.ExplicitBalancer(32), FeatureBalancer(32)
+    explicit, balancer = ExplicitBalancer(32), FeatureBalancer(32)
     balancer.load_state_dict(explicit.state_dict())
     features = random_pyramid(torch.float32)
     weights = [torch.randn_like(x) for x in features]
@@ -112,11 +110,11 @@ def test_balancer_equals_the_explicit_form(benchmark, seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_balancer_equals_the_explicit_form_in_bfloat16(benchmark, seed):
+def test_balancer_equals_the_explicit_form_in_bfloat16(seed):
     """Gradients only of levels that need no pooling from the refined one: with 8 bits, a different
     rounding makes a different position the largest."""
     torch.manual_seed(seed)
-    explicit, balancer = benchmark.ExplicitBalancer(32), FeatureBalancer(32)
+    explicit, balancer = ExplicitBalancer(32), FeatureBalancer(32)
     balancer.load_state_dict(explicit.state_dict())
     explicit, balancer = explicit.bfloat16(), balancer.bfloat16()
     features = random_pyramid(torch.bfloat16)
@@ -128,19 +126,19 @@ def test_balancer_equals_the_explicit_form_in_bfloat16(benchmark, seed):
     assert_near(got[1][:3], expected[1][:3], 2e-2)
 
 
-def test_samplers_draw_alike(benchmark):
+def test_samplers_draw_alike():
     """The straightforward sampler takes as many from each bin as this project's."""
     from balanced_d2.modeling import sample_iou_balanced
 
     ious = torch.cat([torch.full((900,), 0.05), torch.full((60,), 0.2), torch.full((40,), 0.4)])
-    for sample in (benchmark.sample_with_sets, sample_iou_balanced):
+    for sample in (sample_with_sets, sample_iou_balanced):
         chosen = sample(ious, 300)
         assert len(set(chosen.tolist())) == 300
         assert torch.bincount((6 * ious[chosen]).long()).tolist() == [200, 60, 40]
 
 
-def test_peak_memory_counts_simultaneous_allocations(benchmark):
-    bench = benchmark.Bench("cpu", turns=1)
+def test_peak_memory_counts_simultaneous_allocations():
+    bench = Bench("cpu", turns=1)
 
     def run():
         for _ in range(3):
@@ -151,15 +149,13 @@ def test_peak_memory_counts_simultaneous_allocations(benchmark):
     assert bench.peak(run) == pytest.approx(3e6, rel=0.01)
 
 
-def test_memory_of_balancing_grows_linearly(benchmark):
+def test_memory_of_balancing_grows_linearly():
     """An N x N matrix would make it grow with the square of the area."""
-    bench = benchmark.Bench("cpu", turns=1)
+    bench = Bench("cpu", turns=1)
     balancer = FeatureBalancer(16)
     peaks = {}
     for area, (height, width) in {1: (256, 512), 4: (512, 1024), 16: (1024, 2048)}.items():
-        run = benchmark.forward_and_backward(
-            balancer, benchmark.pyramid(1, 16, height, width, "cpu")
-        )
+        run = forward_and_backward(balancer, pyramid(1, 16, height, width, "cpu"))
         run()
         peaks[area] = bench.peak(run)
     # The growth from step to step, without what does not depend on the size.

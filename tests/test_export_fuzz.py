@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 from balanced_d2 import export
-from balanced_d2.commands.export_model import EXPORTERS, EXTENSIONS
-from balanced_d2.export import Comparison, installed_engines
+from balanced_d2.export import EXPORTERS, EXTENSIONS, Comparison, installed_engines
 from balanced_d2.export.run_exported import ExportedDetector
 from balanced_d2.export.verify import Detections
 from balanced_d2.utils.errors import UserError

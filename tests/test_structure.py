@@ -16,7 +16,7 @@ LEVELS = (
     {"evaluation", "analysis", "export"},
     {"visualization"},
     {"engine"},
-    {"detection", "model_zoo"},
+    {"detection", "model_zoo", "benchmark"},
     {"commands"},
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}

@@ -25,21 +25,6 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-EXTENSIONS = {
-    "torchscript": "ts",
-    "pt2": "pt2",
-    "aoti": "aoti.pt2",
-    "onnx": "onnx",
-    "onnx-batch": "batch.onnx",
-}
-EXPORTERS = {
-    "torchscript": export.export_torchscript,
-    "pt2": export.export_pt2,
-    "aoti": export.export_aoti,
-    "onnx": export.export_onnx,
-    "onnx-batch": export.export_onnx_batch,
-}
-
 # AP in percent that int8 may lose.
 MAX_LOST_AP = 0.5
 
@@ -60,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check_weights(cfg, "export")
     if args.format == "aoti":
         export.check_compiler()
-    path = os.path.join(args.output, f"model.{EXTENSIONS[args.format]}")
+    path = os.path.join(args.output, f"model.{export.EXTENSIONS[args.format]}")
     export.check_writable(path)
     class_names = read_contents(cfg.MODEL.WEIGHTS).class_names
     metadata = export.describe(cfg, class_names, args.format)
@@ -75,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
             "note: PyTorch has deprecated TorchScript in favour of torch.export (--format pt2); "
             "see docs/export.md"
         )
-    EXPORTERS[args.format](model, example, path, metadata)
+    export.EXPORTERS[args.format](model, example, path, metadata)
     how = "torch.export" if args.format in export.BATCH_FORMATS else "tracing"
     print(f"written by {how}: {path} ({os.path.getsize(path) / 1e6:.1f} MB)", flush=True)
     if args.verify:
@@ -155,7 +140,7 @@ def verify_on(engine: Optional[str], model, path, images, format):
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--format", choices=EXTENSIONS, default="torchscript")
+    parser.add_argument("--format", choices=export.EXTENSIONS, default="torchscript")
     parser.add_argument(
         "--quantize",
         metavar="FOLDER",

@@ -12,6 +12,7 @@ from balanced_d2.export.deployable import (
     check_exportable,
     output_names,
 )
+from balanced_d2.export.formats import EXPORTERS, EXTENSIONS
 from balanced_d2.export.metadata import describe
 from balanced_d2.export.onnx import export_onnx, export_onnx_batch
 from balanced_d2.export.program import export_program, export_pt2
@@ -32,6 +33,8 @@ from balanced_d2.utils.files import check_writable
 __all__ = [
     "ADDITIONAL_TOLERANCES",
     "BATCH_FORMATS",
+    "EXPORTERS",
+    "EXTENSIONS",
     "TOLERANCES",
     "BatchDeployable",
     "Comparison",
