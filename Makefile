@@ -35,11 +35,12 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Long runs of the kill and property tests and of damaged data: about 40 minutes on two cores.
+# Long runs of the kill and property tests and of damaged data, about 40 minutes on two cores, and
+# of exported files on many images and of packages of every kind of model, hours.
 soak: $(READY)
 	NUM_KILLS=30 HYPOTHESIS_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 \
 		tests/test_reliability.py tests/test_properties.py tests/test_formats_properties.py
-	EXPORT_IMAGES=300 $(BIN)/python -m pytest tests/test_export_fuzz.py
+	EXPORT_IMAGES=300 $(BIN)/python -m pytest tests/test_export_fuzz.py tests/test_export_aoti.py
 
 lint: $(READY)
 	$(BIN)/ruff check --line-length 100 --select E,F,W,I,B,UP,SIM,C4 \

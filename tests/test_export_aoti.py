@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from balanced_d2 import Detector, export
 from balanced_d2.export import run_exported
-from balanced_d2.export.aoti import COMPILERS
+from balanced_d2.export.aoti import COMPILER_OPTIONS, COMPILERS
 from balanced_d2.export.batched import PaddedDeployable
+from balanced_d2.export.program import export_padded_program
+from balanced_d2.export.transposed_conv import convolve_transposed
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
 from .test_export import ARCHITECTURES, small_model, smooth_image
-from .test_export_program import SMALLEST, assert_equal, stored
+from .test_export_program import OPTIONS, SMALLEST, assert_equal, stored
 
 METADATA = {
     **{"format_version": 2, "input_format": "BGR", "class_names": ["a", 'b "é"', "c"]},
@@ -103,6 +105,66 @@ def test_package_equals_the_model(package):
     for batch in SIZES:
         assert assert_equal(model, padded(detect, fill=99.0), batch) > 0
     assert_sizes_go_together(model, detect)
+
+
+class OfBoxes(torch.nn.Module):
+    """A transposed convolution of as many boxes as are valid."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.up = torch.nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.predictor = torch.nn.Conv2d(8, 3, 1)
+
+    def forward(self, boxes, valid):
+        x = boxes[valid.nonzero()[:, 0]]
+        return self.predictor(convolve_transposed(self.up, self.conv(x).relu()).relu())
+
+
+@pytest.mark.slow
+@has_compiler
+def test_convolutions_of_boxes_are_compiled_right(tmp_path):
+    """AOTInductor gives other values, without a word, for transposed ones that are left as they
+    are, and for all with its own options."""
+    torch.manual_seed(0)
+    model = OfBoxes().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        example = (torch.randn(8, 8, 14, 14), torch.rand(8) > 0.5)
+        program = torch.export.export(model, example, dynamic_shapes=({0: batch}, {0: batch}))
+        path = str(tmp_path / "model.pt2")
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=path, inductor_configs=dict(COMPILER_OPTIONS)
+        )
+        detect = torch._inductor.aoti_load_package(path)
+        for number in (8, 13):
+            boxes, valid = torch.randn(number, 8, 14, 14), torch.rand(number) > 0.3
+            expected = model.predictor(model.up(model.conv(boxes[valid]).relu()).relu())
+            torch.testing.assert_close(detect(boxes, valid), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_mask_heads_have_no_transposed_convolutions():
+    model = small_model(*ARCHITECTURES["masks"])
+    program = export_padded_program(model, smooth_image(120, 140, seed=1))
+    assert "forward" not in vars(model.roi_heads.mask_head.deconv)
+    names = [str(node.target) for node in program.graph.nodes]
+    assert any("pixel_shuffle" in name for name in names)
+    assert not any("conv_transpose" in name for name in names)
+
+
+# Each takes minutes to compile: `make soak`.
+@pytest.mark.slow
+@has_compiler
+@pytest.mark.skipif(not os.environ.get("EXPORT_IMAGES"), reason="EXPORT_IMAGES is not set")
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "keypoints" not in name])
+def test_packages_of_other_models(name, tmp_path):
+    model = small_model(*OPTIONS[name])
+    path = str(tmp_path / "model.pt2")
+    export.export_aoti(model, smooth_image(120, 140, seed=1), path, described("aoti"))
+    detect = padded(torch._inductor.aoti_load_package(path), fill=99.0)
+    for batch in SIZES:
+        assert assert_equal(model, detect, batch) > 0
 
 
 @pytest.mark.slow

@@ -16,6 +16,9 @@ from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import replacing
 
 COMPILERS = ("g++", "clang++")
+# Weights are laid out for oneDNN's convolutions. PyTorch's own are slower, and wrong where the number
+# of boxes is data: the compiler takes their outputs for laid out in another way.
+COMPILER_OPTIONS = {"freezing": True}
 
 
 def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
@@ -42,8 +45,11 @@ def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
         raise UserError(f"{path}: the name of an AOTInductor package has to end in .pt2")
     check_compiler()
     program = export_padded_program(model, image)
-    with replacing(path) as temporary, no_export_warnings():
-        torch._inductor.aoti_compile_and_package(program, package_path=temporary)
+    # Weights can be frozen only without gradients.
+    with replacing(path) as temporary, no_export_warnings(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=temporary, inductor_configs=dict(COMPILER_OPTIONS)
+        )
         # Where torch.export.save has it, so that readers find it in the same way.
         with zipfile.ZipFile(temporary, "a") as archive:
             folder = archive.namelist()[0].split("/")[0]

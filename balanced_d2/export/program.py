@@ -3,7 +3,8 @@
 import json
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Iterator, List
+from types import MappingProxyType
+from typing import Any, Callable, Iterator, List, Mapping
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from balanced_d2.export.batched import BatchDeployable, PaddedDeployable, Suppre
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.tracing import no_export_warnings
+from balanced_d2.export.transposed_conv import convolve_transposed
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import replacing
 
@@ -82,6 +84,7 @@ def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export
         for i, name in ((2, "rows"), (3, "columns"))
     }
     batch = _batch()
+    transposed = (m for m in model.modules() if isinstance(m, nn.ConvTranspose2d))
     # Sizes of 1 are as good as others.
     patch = symbolic_shapes_config.patch  # type: ignore[attr-defined]
     with patch(backed_size_oblivious=True):
@@ -89,6 +92,8 @@ def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export
             deployable,
             (example, sizes),
             ({0: batch, **sides}, {0: batch}),
+            # AOTInductor miscompiles them where the number of boxes is data.
+            forwards=dict.fromkeys(transposed, convolve_transposed),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
 
@@ -98,33 +103,46 @@ def _batch() -> Dim:
 
 
 def _export(
-    deployable: BatchDeployable, example: tuple, shapes: tuple, **options: Any
+    deployable: BatchDeployable,
+    example: tuple,
+    shapes: tuple,
+    forwards: Mapping[nn.Module, Callable] = MappingProxyType({}),
+    **options: Any,
 ) -> torch.export.ExportedProgram:
+    """
+    Args:
+        forwards: functions of a module and its input, for modules that are computed by them.
+        options: of ``torch.export.export``.
+    """
     if not hasattr(torch, "while_loop"):
         raise UserError(
             f"this export needs torch.while_loop, which PyTorch {torch.__version__} does not have; "
             "update PyTorch (2.14 is tried)"
         )
-    with no_export_warnings(), torch.no_grad(), _constant_padding(deployable.model):
+    padding = {m: _pad_and_convolve for m in deployable.modules() if _pads_by_size(m)}
+    with no_export_warnings(), torch.no_grad(), _computed_by({**padding, **forwards}):
         return torch.export.export(deployable, example, dynamic_shapes=shapes, **options)
 
 
 @contextmanager
-def _constant_padding(model: nn.Module) -> Iterator[None]:
-    """Let timm's convolutions with "same" padding pad by constants.
-
-    They compute the padding from the size of their input, in expressions that ``torch.export``
-    cannot simplify. A detector pads its images to multiples of the coarsest stride, so that every
-    input is a multiple of its convolution's stride, and then the padding is always the same.
-    """
-    convs: Any = [m for m in model.modules() if type(m).__name__ == "Conv2dSame"]
-    for conv in convs:
-        conv.forward = partial(_pad_and_convolve, conv)
+def _computed_by(forwards: Mapping[Any, Callable]) -> Iterator[None]:
+    for module, forward in forwards.items():
+        module.forward = partial(forward, module)
     try:
         yield
     finally:
-        for conv in convs:
-            del conv.forward
+        for module in forwards:
+            del module.forward
+
+
+def _pads_by_size(module: nn.Module) -> bool:
+    """Whether it is timm's convolution with "same" padding, computed from the size of its input in
+    expressions that ``torch.export`` cannot simplify.
+
+    A detector pads its images to multiples of the coarsest stride, so that every input is a
+    multiple of its convolution's stride, and then the padding is always the same.
+    """
+    return type(module).__name__ == "Conv2dSame"
 
 
 def _pad_and_convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
