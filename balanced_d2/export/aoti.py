@@ -16,8 +16,8 @@ from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import replacing
 
 COMPILERS = ("g++", "clang++")
-# Weights are laid out for oneDNN's convolutions. PyTorch's own are slower, and wrong where the number
-# of boxes is data: the compiler takes their outputs for laid out in another way.
+# Weights are laid out for oneDNN's convolutions. PyTorch's own are slower, and wrong where the
+# number of boxes is data: the compiler takes their outputs for laid out in another way.
 COMPILER_OPTIONS = {"freezing": True}
 
 
