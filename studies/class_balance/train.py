@@ -48,6 +48,10 @@ ROWS: Dict[str, Options] = {
     "repeat factors and seesaw": lambda json_file: [*repeat_factors(json_file), LOSS, "seesaw"],
     "OHEM": ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "ohem"],
 }
+# How strong weights may be: objects beyond the 100th of a class count little.
+VARIANTS: Dict[str, Options] = {
+    "effective number, beta 0.99": [LOSS, "weighted_cross_entropy", BETA, "0.99"],
+}
 DATA = {
     # Generated, anew for each seed, with another order of the classes by frequency.
     "tail": Data(
@@ -61,4 +65,4 @@ DATA = {
 }
 
 if __name__ == "__main__":
-    sys.exit(command(Study(ROWS, {}, DATA), str(__doc__), "output/class_balance"))
+    sys.exit(command(Study(ROWS, VARIANTS, DATA), str(__doc__), "output/class_balance"))
