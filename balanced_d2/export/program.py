@@ -23,6 +23,8 @@ from balanced_d2.utils.files import replacing
 # What an exported program takes at most.
 MAX_BATCH = 1024
 MAX_SIDE = 16384
+# Of the example of padded images: three positions of a level of stride 256.
+LEAST_SIDE = 768
 
 
 def export_pt2(model: nn.Module, image: torch.Tensor, path: str, metadata: dict) -> None:
@@ -76,10 +78,12 @@ def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export
     """
     deployable = PaddedDeployable(model)
     multiple = deployable.multiple
-    padding = [length for side in image.shape[:0:-1] for length in (0, -side % multiple)]
-    example = F.pad(image.float(), padding).expand(2, -1, -1, -1).contiguous()
-    sizes = torch.tensor([image.shape[1:]] * 2)
-    sides = {
+    # A level of a single row or column would be taken for always so.
+    sides = (max(side, LEAST_SIDE) for side in image.shape[1:])
+    height, width = (-(-side // multiple) * multiple for side in sides)
+    example = image.new_zeros(2, 3, height, width, dtype=torch.float32)
+    sizes = torch.tensor([[height, width]] * 2)
+    dims = {
         i: multiple * Dim(name, min=1, max=MAX_SIDE // multiple)
         for i, name in ((2, "rows"), (3, "columns"))
     }
@@ -91,7 +95,7 @@ def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export
         return _export(
             deployable,
             (example, sizes),
-            ({0: batch, **sides}, {0: batch}),
+            ({0: batch, **dims}, {0: batch}),
             # AOTInductor miscompiles them where the number of boxes is data.
             forwards=dict.fromkeys(transposed, convolve_transposed),
             prefer_deferred_runtime_asserts_over_guards=True,
