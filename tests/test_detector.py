@@ -220,7 +220,7 @@ def test_files_that_are_no_exported_models(name, tmp_path):
         Detector.load(tmp_path / name)
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("photo.jpg", b"hello")
-    with pytest.raises(UserError, match=f"{name} is not an exported model, or is damaged: "):
+    with pytest.raises(UserError, match=f"{name} is not an exported model: it has no "):
         Detector.load(tmp_path / name)
 
 
