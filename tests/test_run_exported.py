@@ -389,6 +389,49 @@ def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
     assert result.returncode == 0 and len(json.loads(result.stdout)["detections"]) == 1
 
 
+def test_table_of_latencies(monkeypatch):
+    """Of whole batches, from runs of each engine with as many images."""
+    calls, verify = [], sys.modules["balanced_d2.export.verify"]
+
+    def run(runner, path, image, runs, engine, number):
+        calls.append((path, engine, number))
+        return {"seconds": 0.002 if engine == "first" else 0.0031}, {}
+
+    monkeypatch.setattr(verify, "_run", run)
+    monkeypatch.setattr(verify, "_median", lambda detect: (len(detect()) / 10, 1))
+    monkeypatch.setattr(verify, "installed_engines", lambda format: ["first", "second"])
+    files = [("a/many.onnx", "onnx-batch"), ("a/one.onnx", "onnx")]
+    said = export.latencies(lambda batch: batch, files, torch.zeros(3, 4, 5), RUNNER)
+    assert [line.split() for line in said.splitlines()[2:]] == [
+        ["eager", "100.0", "400.0", "800.0"],
+        ["many.onnx,", "first", "2.0", "8.0", "16.0"],
+        ["many.onnx,", "second", "3.1", "12.4", "24.8"],
+        ["one.onnx,", "first", "2.0", "-", "-"],
+        ["one.onnx,", "second", "3.1", "-", "-"],
+    ]
+    engines = ("first", "second")
+    assert calls == [
+        *(("a/many.onnx", engine, number) for engine in engines for number in (1, 4, 8)),
+        *(("a/one.onnx", engine, 1) for engine in engines),
+    ]
+
+
+def test_the_runner_is_given_the_engine(monkeypatch):
+    commands, verify = [], sys.modules["balanced_d2.export.verify"]
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "error: not here")
+
+    monkeypatch.setattr(verify.subprocess, "run", run)
+    monkeypatch.setattr(verify, "_run_eager", lambda model, image: (None, 7))
+    with pytest.raises(RuntimeError, match="m.onnx does not run: error: not here"):
+        export.verify(None, "m.onnx", [torch.zeros(3, 4, 5)], "onnx", RUNNER, "openvino")
+    (command,) = commands
+    assert command[1:3] == [RUNNER, "m.onnx"]
+    assert [command[command.index(o) + 1] for o in ("--engine", "--repeat")] == ["openvino", "7"]
+
+
 def test_latencies_of_all_engines(tmp_path):
     model = toy(tmp_path / "model.onnx")
     numbers = []
