@@ -16,12 +16,13 @@ from onnx.helper import make_node, make_tensor_value_info
 
 from balanced_d2 import export, load_config
 from balanced_d2.commands import export_model
-from balanced_d2.export import Comparison, sample
+from balanced_d2.export import Comparison, run_exported, sample
 from balanced_d2.export.attention import CHUNK, chunk_attention
 from balanced_d2.export.quantize import quantized_nodes
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
+from .test_backbones import ON_TIMM
 from .test_export import METADATA, detections, small_model, smooth_image
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -190,6 +191,34 @@ def test_int8_is_nearly_the_model(exported):
     same = (distance < 6) & (classes[:, None] == near_classes[None])
     assert same.any(axis=1).mean() > 0.7
     assert abs(scores.mean() - near_scores.mean()) < 0.05
+
+
+@pytest.mark.slow
+def test_int8_of_one_image_in_openvino(tmp_path):
+    """Of a model with factors of channels and padding of its own, as the recommended ones have."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model = small_model(
+        *(*ON_TIMM, "MODEL.TIMM.PRETRAINED", "False", "MODEL.BALANCED_FPN.ZERO_INIT", "True")
+    )
+    with torch.no_grad():
+        model.backbone.balancer.scale.uniform_(0.5, 1.5)
+    paths = [str(tmp_path / name) for name in ("model.onnx", "model.int8.onnx")]
+    described = {**METADATA, "outputs": export.output_names()}
+    export.export_onnx(model, smooth_image(120, 140, seed=1), paths[0], described)
+    export.quantize_onnx(*paths, (smooth_image(96, 128, seed).numpy() for seed in range(3)))
+    graph = onnx.load(paths[1]).graph
+    constants = {initializer.name for initializer in graph.initializer}
+    pads = [node.input[1] in constants for node in graph.node if node.op_type == "Pad"]
+    assert len(pads) > 2 and pads.count(False) == 2  # of the image itself, and of attention
+    image = smooth_image(97, 131, seed=20).float().numpy()
+    first, second = (
+        run_exported.ExportedDetector(paths[1], engine=engine)(image)
+        for engine in ("onnxruntime", "openvino")
+    )
+    assert min(len(first["scores"]), len(second["scores"])) > 10
+    distance = np.abs(first["boxes"][:, None] - second["boxes"][None]).max(axis=2)
+    same = (distance < 6) & (first["classes"][:, None] == second["classes"][None])
+    assert same.any(axis=1).mean() > 0.5
 
 
 @pytest.mark.slow

@@ -53,10 +53,7 @@ def main(args: argparse.Namespace) -> None:
             "every model can be exported by tracing"
         )
     if args.quantize and args.format != "onnx-batch":
-        raise UserError(
-            f"--quantize is for --format onnx-batch, not {args.format} (of --format onnx in int8, "
-            "OpenVINO finds nothing)"
-        )
+        raise UserError(f"--quantize is for --format onnx-batch, not {args.format}")
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")

@@ -15,7 +15,7 @@ from balanced_d2.export.nms import (
     translate_stable_sort,
     translate_suppress,
 )
-from balanced_d2.export.program import export_program
+from balanced_d2.export.program import constant_padding, export_program
 from balanced_d2.export.tracing import no_export_warnings, traceable
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import replacing
@@ -47,7 +47,7 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
     _import_onnx()
     deployable = Deployable(model, format="onnx")
     with replacing(path) as temporary:
-        with traceable(onnx_batched_nms):
+        with traceable(onnx_batched_nms), constant_padding(model):
             torch.onnx.export(
                 deployable,
                 (image.float(),),

@@ -105,17 +105,18 @@ def _export(
             f"this export needs torch.while_loop, which PyTorch {torch.__version__} does not have; "
             "update PyTorch (2.14 is tried)"
         )
-    with no_export_warnings(), torch.no_grad(), _constant_padding(deployable.model):
+    with no_export_warnings(), torch.no_grad(), constant_padding(deployable.model):
         return torch.export.export(deployable, example, dynamic_shapes=shapes, **options)
 
 
 @contextmanager
-def _constant_padding(model: nn.Module) -> Iterator[None]:
+def constant_padding(model: nn.Module) -> Iterator[None]:
     """Let timm's convolutions with "same" padding pad by constants.
 
     They compute the padding from the size of their input, in expressions that ``torch.export``
-    cannot simplify. A detector pads its images to multiples of the coarsest stride, so that every
-    input is a multiple of its convolution's stride, and then the padding is always the same.
+    cannot simplify; and OpenVINO pads wrongly by what is computed, if the model is in int8. A
+    detector pads its images to multiples of the coarsest stride, so that every input is a multiple
+    of its convolution's stride, and then the padding is always the same.
     """
     convs: Any = [m for m in model.modules() if type(m).__name__ == "Conv2dSame"]
     for conv in convs:
