@@ -12,10 +12,10 @@ is found from the file. For each image, one line of JSON is printed to standard 
 with boxes in pixels of the image, best score first. If the model predicts them, a detection also
 has "segmentation", the outlines [x1, y1, x2, y2, ...] of its mask, and "keypoints", [x, y, score]
 each. Images of a video also have "frame", their number from 0 on. Of images that went through the
-model together, "seconds" is an equal share. An image that cannot be read is reported, and the
-others are still processed; with several, their number per second, from reading to writing, is
-printed at the end. An IMAGE.npy contains an array (3, height, width) that is passed to the model
-unchanged.
+model together, "seconds" is an equal share. An image that cannot be read, or that the model does
+not take, is reported, and the others are still processed; with several, their number per second,
+from reading to writing, is printed at the end. An IMAGE.npy contains an array (3, height, width)
+that is passed to the model unchanged.
 """
 
 import argparse
@@ -457,7 +457,7 @@ def detect_in(detector: ExportedDetector, items: list, repeat: int) -> list:
         try:
             outputs, seconds = run(detector, [array for _, _, array in group], repeat)
         except UserError as error:  # the model takes no images of this size
-            results.update((i, error) for i, _, _ in group)
+            results.update((i, UserError(f"{items[i].path}: {error}")) for i, _, _ in group)
             continue
         for (i, image, array), output in zip(group, outputs):
             results[i] = Result(image, array, output, seconds / len(group))
