@@ -266,6 +266,13 @@ def test_masks_and_keypoints_of_exported_files(monkeypatch):
     ]
     assert found.pred_keypoints.tolist() == [[[3, 4, 0.5]]]
 
+    def refuse(self, array):
+        raise run_exported.UserError("the model does not take it")
+
+    monkeypatch.setattr(File, "__call__", refuse)
+    with pytest.raises(UserError, match="the model does not take it"):  # as other errors of ours
+        Detector(ExportedModel("any"))(np.zeros((16, 20, 3), np.uint8))
+
 
 def instances(boxes, scores, classes, size=(40, 60)):
     found = Instances(size)
