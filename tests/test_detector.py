@@ -220,7 +220,7 @@ def test_files_that_are_no_exported_models(name, tmp_path):
         Detector.load(tmp_path / name)
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("photo.jpg", b"hello")
-    with pytest.raises(UserError, match=f"{name} is not an exported model, or is damaged: "):
+    with pytest.raises(UserError, match=f"{name} is not an exported model: it has no "):
         Detector.load(tmp_path / name)
 
 
@@ -265,6 +265,13 @@ def test_masks_and_keypoints_of_exported_files(monkeypatch):
         [y, x] for y in range(2, 12) for x in range(1, 11)
     ]
     assert found.pred_keypoints.tolist() == [[[3, 4, 0.5]]]
+
+    def refuse(self, array):
+        raise run_exported.UserError("the model does not take it")
+
+    monkeypatch.setattr(File, "__call__", refuse)
+    with pytest.raises(UserError, match="the model does not take it"):  # as other errors of ours
+        Detector(ExportedModel("any"))(np.zeros((16, 20, 3), np.uint8))
 
 
 def instances(boxes, scores, classes, size=(40, 60)):

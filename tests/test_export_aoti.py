@@ -25,7 +25,11 @@ from .test_export import ARCHITECTURES, small_model, smooth_image
 from .test_export_program import OPTIONS, SMALLEST, assert_equal, stored
 
 METADATA = {
-    **{"format_version": 2, "input_format": "BGR", "class_names": ["a", 'b "é"', "c"]},
+    **{
+        "format_version": 2,
+        "input_format": "BGR",
+        "class_names": ["a", 'b "é"', "c", *map(str, range(2000))],
+    },
     **{"min_size": 96, "max_size": 200, "gray_range": 0},
 }
 OUTPUTS = {

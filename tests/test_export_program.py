@@ -13,7 +13,8 @@ from PIL import Image
 from torchvision.ops import nms
 
 from balanced_d2 import export
-from balanced_d2.export.batched import _best, _move_apart
+from balanced_d2.export import run_exported
+from balanced_d2.export.batched import _best, _highest, _move_apart, size_divisibility
 from balanced_d2.export.keypoints import _find_in_one, find_keypoints
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.onnx import _divide_exactly
@@ -30,6 +31,7 @@ from .test_export import (
     small_model,
     smooth_image,
 )
+from .test_export_fuzz import detections, eager
 
 OPTIONS = {
     **ARCHITECTURES,
@@ -94,6 +96,47 @@ def test_batches_without_detections():
     assert assert_equal(model, export.BatchDeployable(model), (2, 64, 90)) == 0
 
 
+def test_images_are_padded_as_the_backbone_asks(monkeypatch):
+    model = small_model()
+    detect, images = export.BatchDeployable(model), torch.ones(1, 3, 97, 150)
+
+    def padded(**constraints):
+        kind = type(model.backbone)
+        monkeypatch.setattr(kind, "padding_constraints", constraints, raising=False)
+        return tuple(detect._pad(images).shape[2:])
+
+    assert padded() == (128, 160)
+    assert padded(size_divisibility=64) == (128, 192) and size_divisibility(model) == 64
+    assert padded(size_divisibility=1) == (97, 150) and size_divisibility(model) == 1
+    assert padded(square_size=160) == (160, 160)
+    with pytest.raises(UserError, match="pads all images to one size"):
+        size_divisibility(model)
+
+
+def test_proposals_without_a_finite_score_are_left_out():
+    model = small_model()
+    with torch.no_grad():
+        model.proposal_generator.rpn_head.objectness_logits.bias[0] = torch.nan
+    assert assert_equal(model, export.BatchDeployable(model), (1, 64, 96)) > 10
+
+
+@pytest.mark.parametrize("name", ["plain", "convolutions", "cascade with masks", "RetinaNet"])
+def test_images_in_which_nothing_is_proposed(name):
+    """They are NaN, so that no score is finite; beside them, others are as they are alone."""
+    model = small_model(*OPTIONS.get(name, []))
+    detect = export.BatchDeployable(model)
+    images = torch.stack([smooth_image(64, 90, seed) for seed in range(3)]).float()
+    images[1] = torch.nan
+    with torch.no_grad():
+        together = detect(images)
+        nothing = detect(images[1:2])
+        alone = detect(images[2:])
+    assert together[0][1] == 0 and together[0][[0, 2]].min() > 5
+    for output, none, one in zip(together, nothing, alone):
+        assert torch.equal(output[1], none[0]) and none.unique().numel() == 1
+        torch.testing.assert_close(output[2], one[0], rtol=0, atol=1e-3)
+
+
 def test_suppression_by_row_is_torchvisions():
     torch.manual_seed(1)
     corners = 10 * torch.randint(20, (6, 300, 2)) + torch.rand(6, 300, 1)
@@ -132,6 +175,14 @@ def test_best_scores_have_a_fixed_number():
     assert _best(scores, 2)[1].tolist() == [[1, 0], [2, 0]]
 
 
+def test_equal_scores_keep_their_order():
+    scores = torch.tensor([0.5, 0.7, 0.5]).repeat(40)[None]
+    best, index = _highest(scores, 120)
+    assert best.tolist()[0] == sorted(scores.tolist()[0], reverse=True)
+    first, others = index[0, :40], index[0, 40:]
+    assert first.tolist() == list(range(1, 120, 3)) and (others.diff() > 0).all()
+
+
 def test_keypoints_of_one_box_are_detectron2s():
     torch.manual_seed(5)
     maps = 3 * torch.randn(6, 4, 14, 14)
@@ -151,7 +202,8 @@ def exported(model, kind, folder):
     if kind == "pt2":
         export.export_pt2(model, example, path, METADATA)
         return torch.export.load(path).module()
-    export.export_onnx_batch(model, example, path, METADATA)
+    described = {**METADATA, "outputs": export.output_names(is_batch=True)}
+    export.export_onnx_batch(model, example, path, described)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})
 
@@ -180,18 +232,28 @@ def test_program_in_strict_mode(name):
 
 
 @pytest.mark.slow
-def test_onnx_of_batches_equals_the_model(tmp_path):
+@pytest.mark.parametrize("name", ["plain", "convolutions"])
+def test_onnx_of_batches_equals_the_model(name, tmp_path):
+    """On all engines, and with nothing in an image."""
     pytest.importorskip("onnxscript", reason="PyTorch's current ONNX exporter needs onnxscript")
-    model = small_model()
+    model = small_model(*OPTIONS.get(name, []))
     run = exported(model, "onnx", tmp_path)
-    for batch in BATCHES[:2]:
-        assert assert_equal(model, run, batch, "onnx") > 0
+    assert run(torch.full((2, 3, 64, 90), torch.nan))[0].tolist() == [0, 0]
+    for engine in export.installed_engines("onnx-batch"):
+        detector = run_exported.ExportedDetector(str(tmp_path / "onnx.pt2"), engine=engine)
+        for number, height, width in (*BATCHES[:2], SMALLEST):
+            images = [smooth_image(height, width, seed).float() for seed in range(number)]
+            for image, outputs in zip(images, detector.detect([x.numpy() for x in images])):
+                before = eager(model, image)
+                after = detections(outputs, before.image_size)
+                assert export.Comparison(before, after, TOLERANCE["onnx"]).agrees
+                assert len(before.boxes) > 5
     session = onnxruntime.InferenceSession(tmp_path / "onnx.pt2")
     assert [output.name for output in session.get_outputs()] == [
         *("num_detections", "boxes", "scores", "classes")
     ]
     properties = session.get_modelmeta().custom_metadata_map
-    assert json.loads(properties["balanced_d2.json"]) == METADATA
+    assert json.loads(properties["balanced_d2.json"])["class_names"] == METADATA["class_names"]
 
 
 @pytest.mark.slow

@@ -466,8 +466,14 @@ def test_export_ends_with_one_line_and_an_exit_code(weights, tmp_path):
         "no such model": (["{bad}/none.ts", "{image}"], ["there is no model file", "none.ts"]),
         "cut TorchScript": (["{bad}/cut.ts", "{image}"], ["cut.ts is not an exported model"]),
         "cut ONNX": (["{bad}/cut.onnx", "{image}"], ["cut.onnx is not an exported model"]),
-        "a zip": (["{bad}/other.zip", "{image}"], ["other.zip is not an exported model"]),
-        "another TorchScript": (["{bad}/other.ts", "{image}"], ["other.ts was not written by"]),
+        "a zip": (
+            ["{bad}/other.zip", "{image}"],
+            ["other.zip is not an exported model: "],
+        ),
+        "another TorchScript": (
+            ["{bad}/other.ts", "{image}"],
+            ["other.ts is not an exported model: "],
+        ),
         "no such image": (["{model}", "{bad}/none.jpg"], ["cannot read image", "none.jpg"]),
         "image is text": (["{model}", "{bad}/text.jpg"], ["cannot read image", "text.jpg"]),
         "cut image": (["{model}", "{bad}/cut.png"], ["cannot read image", "cut.png"]),

@@ -3,6 +3,7 @@ which rewrite graphs leave its result as it is."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,14 +14,16 @@ import torch
 from onnx import numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
 
-from balanced_d2 import export
+from balanced_d2 import export, load_config
 from balanced_d2.commands import export_model
+from balanced_d2.export import Comparison, run_exported, sample
 from balanced_d2.export.attention import CHUNK, chunk_attention
 from balanced_d2.export.quantize import quantized_nodes
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
-from .test_export import METADATA, small_model, smooth_image
+from .test_backbones import ON_TIMM
+from .test_export import METADATA, detections, small_model, smooth_image
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -191,6 +194,34 @@ def test_int8_is_nearly_the_model(exported):
 
 
 @pytest.mark.slow
+def test_int8_of_one_image_in_openvino(tmp_path):
+    """Of a model with factors of channels and padding of its own, as the recommended ones have."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model = small_model(
+        *(*ON_TIMM, "MODEL.TIMM.PRETRAINED", "False", "MODEL.BALANCED_FPN.ZERO_INIT", "True")
+    )
+    with torch.no_grad():
+        model.backbone.balancer.scale.uniform_(0.5, 1.5)
+    paths = [str(tmp_path / name) for name in ("model.onnx", "model.int8.onnx")]
+    described = {**METADATA, "outputs": export.output_names()}
+    export.export_onnx(model, smooth_image(120, 140, seed=1), paths[0], described)
+    export.quantize_onnx(*paths, (smooth_image(96, 128, seed).numpy() for seed in range(3)))
+    graph = onnx.load(paths[1]).graph
+    constants = {initializer.name for initializer in graph.initializer}
+    pads = [node.input[1] in constants for node in graph.node if node.op_type == "Pad"]
+    assert len(pads) > 2 and pads.count(False) == 2  # of the image itself, and of attention
+    image = smooth_image(97, 131, seed=20).float().numpy()
+    first, second = (
+        run_exported.ExportedDetector(paths[1], engine=engine)(image)
+        for engine in ("onnxruntime", "openvino")
+    )
+    assert min(len(first["scores"]), len(second["scores"])) > 10
+    distance = np.abs(first["boxes"][:, None] - second["boxes"][None]).max(axis=2)
+    same = (distance < 6) & (first["classes"][:, None] == second["classes"][None])
+    assert same.any(axis=1).mean() > 0.5
+
+
+@pytest.mark.slow
 def test_operators_are_in_the_table_of_the_docs(exported):
     rows = (ROOT / "docs" / "export.md").read_text().split("## Operators", 1)[1].splitlines()
     first_columns = (row.split("|")[1] for row in rows if row.startswith("| `"))
@@ -259,34 +290,100 @@ def test_tool_quantises_by_a_folder(run_here, tiny_coco, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, parts",
+    "format, folder, tested, parts",
     [
-        (["--format", "pt2"], ["--quantize is for --format onnx-batch, not pt2"]),
-        (["--format", "onnx"], ["--quantize is for --format onnx-batch, not onnx"]),
-        (["--format", "onnx-batch"], ["there are no images in the folder"]),
+        ("pt2", "empty", "()", ["--quantize is for --format onnx-batch, not pt2"]),
+        ("onnx", "empty", "()", ["--quantize is for --format onnx-batch, not onnx"]),
+        ("onnx-batch", "empty", "()", ["there are no images in the folder"]),
+        ("onnx-batch", "bad", "()", ["cannot read the calibration image", "b.png"]),
+        ("onnx-batch", "bad", "('nowhere',)", ["nowhere"]),  # after an export of minutes
     ],
 )
-def test_what_cannot_be_quantised(options, parts, run_here, tmp_path):
+def test_what_cannot_be_quantised(format, folder, tested, parts, run_here, tmp_path):
     torch.save({"model": small_model().state_dict()}, tmp_path / "model.pth")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    cv2.imwrite(str(tmp_path / "bad" / "a.png"), np.zeros((50, 60, 3), np.uint8))
+    (tmp_path / "bad" / "b.png").write_text("not an image")
     result = run_here(
         *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path / "out"),
-        *("--quantize", tmp_path / "empty", *options),
-        *("MODEL.WEIGHTS", tmp_path / "model.pth", "DATASETS.TEST", "()"),
+        *("--quantize", tmp_path / folder, "--format", format),
+        *("MODEL.WEIGHTS", tmp_path / "model.pth", "DATASETS.TEST", tested),
         *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
     )
     assert_user_error(result, *parts)
     assert not list(tmp_path.rglob("*.onnx"))
 
 
-def test_images_to_quantise_by_are_the_networks(tmp_path):
-    from balanced_d2 import load_config
+@pytest.fixture
+def two_engines(monkeypatch):
+    monkeypatch.setattr(export, "installed_engines", lambda format: ["first", "second"])
 
+
+@pytest.mark.parametrize("lost, is_refused", [(0.5, False), (0.51, True), (-3, False)])
+@pytest.mark.parametrize("place", [("a", "second"), ("b", "first")])
+def test_int8_that_loses_ap_is_refused(
+    lost, is_refused, place, two_engines, monkeypatch, capsys, tmp_path
+):
+    """On whichever data set and engine it does."""
+
+    def average_precision(path, loader, evaluator, engine):
+        assert loader == evaluator
+        return 40 - (lost if path == "int8.onnx" and (loader, engine) == place else 0.0)
+
+    trainer = SimpleNamespace(
+        build_test_loader=lambda cfg, name: name, build_evaluator=lambda cfg, name, folder: name
+    )
+    monkeypatch.setattr(export, "average_precision", average_precision)
+    monkeypatch.setattr(export_model, "trainer_for", lambda cfg: trainer)
+    cfg = load_config(TINY_CONFIG, ["DATASETS.TEST", "('a', 'b')"])
+    if is_refused:
+        with pytest.raises(SystemExit, match=f"int8 loses {lost} AP, more than 0.5; .* float.onnx"):
+            export_model.compare_accuracy(cfg, ["float.onnx", "int8.onnx"])
+    else:
+        export_model.compare_accuracy(cfg, ["float.onnx", "int8.onnx"])
+    said = capsys.readouterr().out
+    assert said.count("AP on ") == 4
+    assert f"AP on {place[0]}, {place[1]}: 40.00 before, {40 - lost:.2f} in int8" in said
+
+
+@pytest.mark.parametrize("tested", ["()", "('a',)"])
+def test_ap_that_is_not_known_is_said(tested, two_engines, monkeypatch, capsys):
+    monkeypatch.setattr(export, "average_precision", lambda *arguments: float("nan"))
+    trainer = SimpleNamespace(build_test_loader=lambda *a: 0, build_evaluator=lambda *a: 0)
+    monkeypatch.setattr(export_model, "trainer_for", lambda cfg: trainer)
+    cfg = load_config(TINY_CONFIG, ["DATASETS.TEST", tested])
+    export_model.compare_accuracy(cfg, ["float.onnx", "int8.onnx"])
+    assert "it is not known how much AP int8 costs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("different", [None, "first", "second"])
+def test_every_engine_is_verified(different, two_engines, monkeypatch, capsys):
+    def verify(model, path, images, format, runner, engine):
+        found = detections([0.9], [1], shift=float(engine == different))
+        tolerance = export.TOLERANCES[format]
+        return [Comparison(detections([0.9], [1]), found, tolerance)]
+
+    monkeypatch.setattr(export, "verify", verify)
+    if different:
+        with pytest.raises(SystemExit, match="m.onnx is not equal to the model; the file is kept"):
+            export_model.verify(None, "m.onnx", [], "onnx")
+    else:
+        export_model.verify(None, "m.onnx", [], "onnx")
+    said = capsys.readouterr().out
+    assert said.count("DIFFERENT") == bool(different)
+    assert said.count("equal: boxes within 0.01 px") == ["first", "second", None].index(different)
+
+
+def test_images_to_quantise_by_are_the_networks(tmp_path, monkeypatch):
     for i in range(3):
         cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((50, 100, 3), (10 * i, 1, 2), np.uint8))
     cfg = load_config(TINY_CONFIG, ["INPUT.MIN_SIZE_TEST", "64", "INPUT.FORMAT", "RGB"])
     images = list(export.calibration_images(cfg, str(tmp_path)))
     assert [image.shape for image in images] == [(3, 64, 128)] * 3
     assert [image[:, 0, 0].tolist() for image in images] == [[2, 1, 10 * i] for i in range(3)]
+    monkeypatch.setattr(sample, "MAX_CALIBRATION_IMAGES", 2)
+    images = list(export.calibration_images(cfg, str(tmp_path)))
+    assert [image[2, 0, 0] for image in images] == [0, 10]
     with pytest.raises(UserError, match="no images in the folder"):
         export.calibration_images(cfg, str(tmp_path / "none"))

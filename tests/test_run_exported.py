@@ -5,10 +5,16 @@ red values of an image plus (0, 0, 5, 5), with the mean of all values as its sco
 """
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -93,7 +99,7 @@ def inputs(tmp_path):
     (folder / "notes.txt").write_text("no image, and not asked for")
     writer = cv2.VideoWriter(str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"FFV1"), 5, (32, 32))
     for i in range(5):
-        writer.write(np.full((32, 32, 3), 5 * i, np.uint8))
+        writer.write(np.full((32, 32, 3), (200, 100, 5 * i), np.uint8))  # blue, green, red
     writer.release()
     return folder
 
@@ -113,7 +119,7 @@ def test_folders_videos_batches_and_threads(inputs, run_here, tmp_path):
     found = records(together)
     assert together.returncode == 2
     error, done = together.stderr.splitlines()
-    assert "cannot read image" in error and "2b.jpg" in error
+    assert "cannot read image" in error and "2b.jpg: it is not an image in a format" in error
     assert done.startswith("done: 12 image(s) in ") and " a second; 1 failed" in done
     names = [(line["image"].rsplit("/", 1)[1], line.get("frame")) for line in found]
     assert names == [
@@ -136,36 +142,169 @@ def test_folders_videos_batches_and_threads(inputs, run_here, tmp_path):
     assert written == {"detections.jsonl", "clip.mp4", *(f"{i}.png" for i in range(7))}
     clip = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert clip.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and clip.get(cv2.CAP_PROP_FPS) == 5
+    _, frame = clip.read()
+    assert frame[-1, -1] == pytest.approx([200, 100, 0], abs=25)
 
     one_by_one = run_here(RUNNER, model, inputs, "--threshold", "0")
     assert records(one_by_one) == found and one_by_one.returncode == 2
 
 
-def test_images_of_one_size_go_through_the_model_together(inputs, tmp_path):
+def test_images_of_one_size_go_through_the_model_together(inputs, tmp_path, monkeypatch):
     detector = run_exported.ExportedDetector(str(toy(tmp_path / "model.onnx")))
-    items, number = run_exported.list_items([str(inputs)])
+    items, number = listed(inputs)
     assert number is None  # of a video it is not known
     sizes, model = [], detector._run
     detector._run = lambda images: sizes.append(images.shape) or model(images)
-    results = run_exported.detect_in(detector, list(items), repeat=0)
+    monkeypatch.setattr(run_exported.statistics, "median", lambda seconds: 60)
+    items = list(items)
+    results = run_exported.detect_in(detector, items, repeat=0)
     assert sorted(shape[0] for shape in sizes) == [3, 4, 5] and len(set(sizes)) == 3
-    assert sum(isinstance(result, run_exported.UserError) for result in results) == 1
+    (bad,) = (i for i, r in enumerate(results) if isinstance(r, run_exported.UserError))
+    assert items.pop(bad).path.endswith("2b.jpg") and "2b.jpg" in str(results.pop(bad))
+    for item, result in zip(items, results):  # in their order, whatever went together
+        red = 5 * item.frame if item.frame is not None else 9 + int(item.path[-5])
+        assert result.outputs["boxes"][0, 2] == pytest.approx(red + 5, abs=2)
+        together = {(24, 28): 3, (30, 20): 4, (32, 32): 5}[result.array.shape[1:][::-1]]
+        assert result.seconds == 60 / together
 
 
-def test_images_of_a_size_that_the_model_refuses_stop_no_others(inputs, tmp_path):
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (run_exported.UserError("too small"), "too small"),
+        (RuntimeError("a line\nothers"), "the model does not take 5 image(s) of 32 x 32: a line"),
+    ],
+)
+def test_images_of_a_size_that_the_model_refuses_stop_no_others(error, message, inputs, tmp_path):
     detector = run_exported.ExportedDetector(str(toy(tmp_path / "model.onnx")))
     model = detector._run
 
     def without_clip(images):
         if images.shape[2:] == (32, 32):
-            raise run_exported.UserError("too small")
+            raise error
         return model(images)
 
     detector._run = without_clip
-    items, _ = run_exported.list_items([str(inputs)])
+    items, _ = listed(inputs)
     results = run_exported.detect_in(detector, list(items), repeat=0)
     errors = [str(result) for result in results if isinstance(result, run_exported.UserError)]
-    assert len(results) == 13 and errors.count("too small") == 5 and len(errors) == 6
+    assert len(results) == 13 and len(errors) == 6
+    assert errors.count(f"{inputs / 'clip.avi'}: {message}") == 5
+
+
+def listed(*paths):
+    return run_exported.list_items(run_exported.list_files(list(map(str, paths))))
+
+
+def test_batches_are_processed_at_a_time_and_few_are_read_ahead():
+    """And the results come in order, whichever batch is done first."""
+    both, taken = threading.Barrier(2), []
+
+    def items():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    def detect(batch):
+        if batch[0] < 6:
+            both.wait(timeout=60)  # until there are two
+        time.sleep(0.01 if batch[0] % 2 else 0)
+        return [10 * number for number in batch]
+
+    results = run_exported.in_threads(detect, items(), threads=2, batch_size=3)
+    assert next(results) == (0, 0) and len(taken) <= 15
+    assert list(results) == [(number, 10 * number) for number in range(1, 1000)]
+
+
+def test_threads_share_the_cores(inputs, run_here, tmp_path, monkeypatch):
+    sessions, model = [], str(toy(tmp_path / "model.onnx"))
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, path, options, **others):
+            sessions.append(options.intra_op_num_threads)
+            super().__init__(path, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards
+    for options in (["--threads", "3"], []):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert run_here(RUNNER, model, inputs / "1.png", *options).returncode == 0
+    assert sessions == [3, 0]  # 0: all
+
+
+def test_no_image_is_overwritten(run_here, tmp_path):
+    """Not by the picture of another one either, which would be read only afterwards."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, color in (("a.bmp", "red"), ("a.png", "blue"), ("a_2.png", "green")):
+        Image.new("RGB", (30, 20), color).save(folder / name)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    model = toy(tmp_path / "model.onnx")
+    result = run_here(RUNNER, model, folder, "--output", folder, "--threshold", "0")
+    assert result.returncode == 0
+    assert {path: path.read_bytes() for path in before} == before
+    written = {path.name for path in folder.iterdir()} - {path.name for path in before}
+    assert written == {"detections.jsonl", "a_3.png", "a_4.png", "a_2_2.png"}
+
+
+def test_strips_keep_a_row(run_here, tmp_path):
+    """Scaled until the longer side fits, the shorter one would have none."""
+    Image.new("RGB", (500, 1)).save(tmp_path / "strip.png")
+    model = toy(tmp_path / "model.onnx", min_size=96, max_size=200)
+    result = run_here(RUNNER, model, tmp_path / "strip.png", "--threshold", "0")
+    (line,) = records(result)
+    assert (line["height"], line["width"], len(line["detections"])) == (1, 500, 1)
+
+
+def test_arrays_that_are_none(run_here, tmp_path):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.save(tmp_path / "text.npy", np.full((3, 4, 5), "a"))
+    np.save(tmp_path / "flat.npy", np.zeros((4, 5)))
+    np.save(tmp_path / "gone.npy", np.zeros((3, 0, 5)))
+    with open(tmp_path / "several.npy", "wb") as file:
+        np.savez(file, a=np.zeros((3, 4, 5)))
+    arrays = sorted(tmp_path.glob("*.npy"))
+    result = run_here(RUNNER, toy(tmp_path / "model.onnx"), *arrays)
+    *errors, done = result.stderr.splitlines()
+    assert result.returncode == 2 and done.startswith("done: 0 image(s)")
+    for path, line in zip(arrays, errors, strict=True):
+        assert line.startswith(f"error: cannot read image {path}: ")
+
+
+def test_a_video_that_ends_early_is_named(run_here, tmp_path):
+    file, rng = tmp_path / "cut.avi", np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for _ in range(20):
+        writer.write(rng.integers(256, size=(48, 64, 3), dtype=np.uint8))
+    writer.release()
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    result = run_here(RUNNER, toy(tmp_path / "model.onnx"), file)
+    number = len(records(result))
+    assert 0 < number < 20
+    assert f"note: {file} ends after {number} of 20 images" in result.stderr
+
+
+def test_who_reads_the_results_may_stop(inputs, tmp_path):
+    command = [sys.executable, RUNNER, str(toy(tmp_path / "model.onnx")), str(inputs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 1 and "Traceback" not in said and "Exception" not in said
+
+
+def test_packages_that_are_missing(inputs, run_here, tmp_path, monkeypatch):
+    model = toy(tmp_path / "model.onnx")
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, "cv2", None)
+        result = run_here(RUNNER, model, inputs)
+        assert_user_error(result, "clip.avi needs the package opencv-python-headless")
+        assert result.stdout == ""  # before anything is done
+    monkeypatch.setattr(run_exported.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run_here(RUNNER, model, inputs)
+    assert_user_error(result, "model.onnx needs the package onnxruntime: pip install onnxruntime")
 
 
 def test_openvino_is_an_engine(inputs, run_here, tmp_path):
@@ -189,6 +328,7 @@ def test_openvino_is_an_engine(inputs, run_here, tmp_path):
         (["{none}"], ["cannot read video", "none.mp4"]),
         (["x.png", "--threads", "0"], ["--threads and --batch-size"]),
         (["x.png", "--batch-size", "-1"], ["--threads and --batch-size"]),
+        (["x.png", "--repeat", "-1"], ["--repeat 0 or more"]),
         (["{empty}/../clip.avi", "--arrays", "a.npz"], ["--arrays is for a single image"]),
     ],
 )
@@ -216,6 +356,28 @@ def test_files_of_newer_versions_are_refused(kind, run_here, tmp_path):
     assert_user_error(run_here(RUNNER, model, "x.png"), "format version 99", "9.9")
 
 
+def test_files_of_pytorch_that_are_none(run_here, tmp_path):
+    """What is wrong with them is not said by an engine of ONNX."""
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    data = (tmp_path / "weights.pth").read_bytes()
+    (tmp_path / "cut.pt2").write_bytes(data[: len(data) // 2])
+    said = run_here(RUNNER, tmp_path / "weights.pth", "x.png")
+    assert_user_error(said, "weights.pth is not an exported model: it has no balanced_d2.json")
+    said = run_here(RUNNER, tmp_path / "cut.pt2", "x.png")
+    assert_user_error(said, "cut.pt2 is not an exported model, or is damaged", "not a zip file")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_devices_that_are_not_there(device, run_here, tmp_path):
+    traced = torch.jit.trace(lambda image: image, torch.zeros(3, 4, 4))
+    files = {"balanced_d2.json": json.dumps({"format": "torchscript"})}
+    torch.jit.save(traced, str(tmp_path / "model.ts"), _extra_files=files)
+    result = run_here(RUNNER, tmp_path / "model.ts", "x.png", "--device", device)
+    assert_user_error(result, f"error: --device {device}: ")
+    result = run_here(RUNNER, tmp_path / "model.ts", "x.png", "--engine", "openvino")
+    assert_user_error(result, "model.ts is run by PyTorch; --engine is for ONNX files")
+
+
 def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
     model = toy(tmp_path / "model.onnx")
     described = onnx.load(model)
@@ -226,6 +388,49 @@ def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
     onnx.save(described, str(model))
     result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0")
     assert result.returncode == 0 and len(json.loads(result.stdout)["detections"]) == 1
+
+
+def test_table_of_latencies(monkeypatch):
+    """Of whole batches, from runs of each engine with as many images."""
+    calls, verify = [], sys.modules["balanced_d2.export.verify"]
+
+    def run(runner, path, image, runs, engine, number):
+        calls.append((path, engine, number))
+        return {"seconds": 0.002 if engine == "first" else 0.0031}, {}
+
+    monkeypatch.setattr(verify, "_run", run)
+    monkeypatch.setattr(verify, "_median", lambda detect: (len(detect()) / 10, 1))
+    monkeypatch.setattr(verify, "installed_engines", lambda format: ["first", "second"])
+    files = [("a/many.onnx", "onnx-batch"), ("a/one.onnx", "onnx")]
+    said = export.latencies(lambda batch: batch, files, torch.zeros(3, 4, 5), RUNNER)
+    assert [line.split() for line in said.splitlines()[2:]] == [
+        ["eager", "100.0", "400.0", "800.0"],
+        ["many.onnx,", "first", "2.0", "8.0", "16.0"],
+        ["many.onnx,", "second", "3.1", "12.4", "24.8"],
+        ["one.onnx,", "first", "2.0", "-", "-"],
+        ["one.onnx,", "second", "3.1", "-", "-"],
+    ]
+    engines = ("first", "second")
+    assert calls == [
+        *(("a/many.onnx", engine, number) for engine in engines for number in (1, 4, 8)),
+        *(("a/one.onnx", engine, 1) for engine in engines),
+    ]
+
+
+def test_the_runner_is_given_the_engine(monkeypatch):
+    commands, verify = [], sys.modules["balanced_d2.export.verify"]
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "error: not here")
+
+    monkeypatch.setattr(verify.subprocess, "run", run)
+    monkeypatch.setattr(verify, "_run_eager", lambda model, image: (None, 7))
+    with pytest.raises(RuntimeError, match="m.onnx does not run: error: not here"):
+        export.verify(None, "m.onnx", [torch.zeros(3, 4, 5)], "onnx", RUNNER, "openvino")
+    (command,) = commands
+    assert command[1:3] == [RUNNER, "m.onnx"]
+    assert [command[command.index(o) + 1] for o in ("--engine", "--repeat")] == ["openvino", "7"]
 
 
 def test_latencies_of_all_engines(tmp_path):

@@ -95,7 +95,9 @@ class ExportedModel:
     def _detect(self, image: np.ndarray) -> Instances:
         picture = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
         array = self._file.preprocess(picture)
-        outputs, _ = run_exported.in_pixels_of(picture, array, self._file(array))
+        with _user_errors():
+            found = self._file(array)
+        outputs, _ = run_exported.in_pixels_of(picture, array, found)
         chosen = outputs["scores"] > self._threshold
         outputs = {name: value[chosen] for name, value in outputs.items()}
         detections = Instances(image.shape[:2])

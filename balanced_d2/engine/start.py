@@ -219,16 +219,19 @@ def complete_gray_range(cfg: CfgNode, data: CheckedData, train: bool) -> None:
     cfg.INPUT.GRAY_RANGE = found
 
 
-def prepare_datasets(cfg: CfgNode) -> None:
+def prepare_datasets(cfg: CfgNode, train: bool = True) -> None:
     """Check ``DATASETS``, give them the classes of ``MODEL.WEIGHTS`` and complete
     ``INPUT.GRAY_RANGE``, for programs that do not train.
+
+    Args:
+        train: whether ``DATASETS.TRAIN`` will be used.
 
     Raises:
         UserError: as :func:`check_datasets` does.
     """
     weights = contents_of(cfg.MODEL.WEIGHTS)
-    data = check_datasets(cfg, known=weights.class_names)
+    data = check_datasets(cfg, train=train, known=weights.class_names)
     take_gray_range(cfg, weights)
-    complete_gray_range(cfg, data, train=True)
+    complete_gray_range(cfg, data, train=train)
     for name, change in data.changes.items():
         adapt(name, change, data.classes or ())

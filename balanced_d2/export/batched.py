@@ -9,7 +9,7 @@ parts (RoIAlign and the heads) are computed for the slots in use alone.
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.modeling import Backbone, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
@@ -110,11 +110,9 @@ class BatchDeployable(nn.Module):
         return (images - self.model.pixel_mean) / self.model.pixel_std
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
-        backbone = self.model.backbone
-        constraints = getattr(backbone, "padding_constraints", {})  # not in Detectron2 0.6
-        multiple = constraints.get("size_divisibility", backbone.size_divisibility)
-        if constraints.get("square_size", 0) > 0:
-            height = width = constraints["square_size"]
+        side, multiple = _padding(self.model.backbone)
+        if side > 0:
+            height = width = side
         elif multiple > 1:
             height, width = (_round_up(length, multiple) for length in x.shape[-2:])
         else:
@@ -305,13 +303,21 @@ def size_divisibility(model: GeneralizedRCNN | RetinaNet) -> int:
     Raises:
         UserError: if they are of one size.
     """
-    constraints = getattr(model.backbone, "padding_constraints", {})  # not in Detectron2 0.6
-    if constraints.get("square_size", 0) > 0:
+    side, multiple = _padding(model.backbone)
+    if side > 0:
         raise UserError(
             "a model that pads all images to one size cannot be exported with --format aoti; use "
             "--format pt2"
         )
-    return max(1, constraints.get("size_divisibility", model.backbone.size_divisibility))
+    return multiple
+
+
+def _padding(backbone: Backbone) -> Tuple[int, int]:
+    """The side of the square that images are padded to, 0 if there is none; and what their sides
+    are padded to multiples of, at least 1."""
+    constraints = getattr(backbone, "padding_constraints", {})  # not in Detectron2 0.6
+    multiple = constraints.get("size_divisibility", backbone.size_divisibility)
+    return constraints.get("square_size", 0), max(1, multiple)
 
 
 def _round_up(length: int, multiple: int) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from balanced_d2.export.attention import chunk_attention
 from balanced_d2.export.batched import BatchDeployable
 from balanced_d2.export.deployable import Deployable
+from balanced_d2.export.forwards import computed_by, constant_padding
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import (
     onnx_batched_nms,
@@ -47,7 +48,7 @@ def export_onnx(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
     _import_onnx()
     deployable = Deployable(model, format="onnx")
     with replacing(path) as temporary:
-        with traceable(onnx_batched_nms):
+        with traceable(onnx_batched_nms), computed_by(constant_padding(model)):
             torch.onnx.export(
                 deployable,
                 (image.float(),),

@@ -1,18 +1,16 @@
 """Export by ``torch.export``."""
 
 import json
-from contextlib import contextmanager
-from functools import partial
 from types import MappingProxyType
-from typing import Any, Callable, Iterator, List, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import nn
 from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_shapes_config
-from torch.nn import functional as F
 
 from balanced_d2.export.batched import BatchDeployable, PaddedDeployable, Suppression
+from balanced_d2.export.forwards import computed_by, constant_padding
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.tracing import no_export_warnings
@@ -115,7 +113,7 @@ def _export(
 ) -> torch.export.ExportedProgram:
     """
     Args:
-        forwards: functions of a module and its input, for modules that are computed by them.
+        forwards: for modules that are computed otherwise, see :func:`computed_by`.
         options: of ``torch.export.export``.
     """
     if not hasattr(torch, "while_loop"):
@@ -123,36 +121,6 @@ def _export(
             f"this export needs torch.while_loop, which PyTorch {torch.__version__} does not have; "
             "update PyTorch (2.14 is tried)"
         )
-    padding = {m: _pad_and_convolve for m in deployable.modules() if _pads_by_size(m)}
-    with no_export_warnings(), torch.no_grad(), _computed_by({**padding, **forwards}):
+    forwards = {**constant_padding(deployable), **forwards}
+    with no_export_warnings(), torch.no_grad(), computed_by(forwards):
         return torch.export.export(deployable, example, dynamic_shapes=shapes, **options)
-
-
-@contextmanager
-def _computed_by(forwards: Mapping[Any, Callable]) -> Iterator[None]:
-    for module, forward in forwards.items():
-        module.forward = partial(forward, module)
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
-
-
-def _pads_by_size(module: nn.Module) -> bool:
-    """Whether it is timm's convolution with "same" padding, computed from the size of its input in
-    expressions that ``torch.export`` cannot simplify.
-
-    A detector pads its images to multiples of the coarsest stride, so that every input is a
-    multiple of its convolution's stride, and then the padding is always the same.
-    """
-    return type(module).__name__ == "Conv2dSame"
-
-
-def _pad_and_convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    padding: List[int] = []
-    for size, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation):
-        total = max((size - 1) * dilation + 1 - stride, 0)
-        padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the width
-    x = F.pad(x, padding)
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)

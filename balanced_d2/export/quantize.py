@@ -36,8 +36,7 @@ def quantize_onnx(path: str, output: str, images: Iterable[np.ndarray]) -> None:
     which ONNX Runtime and OpenVINO merge with the layers between them.
 
     Args:
-        path: a file of :func:`export_onnx_batch`, which stays as it is. (Of one of
-            :func:`export_onnx`, OpenVINO finds nothing with the new file, ONNX Runtime all.)
+        path: a file of :func:`export_onnx_batch` or :func:`export_onnx`, which stays as it is.
         output: the new file. One that is there is replaced when the new one is complete.
         images: to measure the ranges on, each (3, H, W), preprocessed as the model's.
 

@@ -12,10 +12,10 @@ is found from the file. For each image, one line of JSON is printed to standard 
 with boxes in pixels of the image, best score first. If the model predicts them, a detection also
 has "segmentation", the outlines [x1, y1, x2, y2, ...] of its mask, and "keypoints", [x, y, score]
 each. Images of a video also have "frame", their number from 0 on. Of images that went through the
-model together, "seconds" is an equal share. An image that cannot be read is reported, and the
-others are still processed; with several, their number per second, from reading to writing, is
-printed at the end. An IMAGE.npy contains an array (3, height, width) that is passed to the model
-unchanged.
+model together, "seconds" is an equal share. An image that cannot be read, or that the model does
+not take, is reported, and the others are still processed; with several, their number per second,
+from reading to writing, is printed at the end. An IMAGE.npy contains an array (3, height, width)
+that is passed to the model unchanged.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 METADATA = "balanced_d2.json"
 FORMAT_VERSION = 2  # the newest that is known; files of the first version have no number
@@ -49,6 +49,7 @@ PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than 
 # Opacity of masks, at most 255, and the probability from which a pixel belongs to the mask.
 MASK_ALPHA = 110
 MASK_THRESHOLD = 0.5
+READ_ERRORS = (EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # in folders
 FONT_FOLDERS = (
@@ -86,22 +87,7 @@ class ExportedDetector:
         if not os.path.isfile(path):
             raise UserError(f"there is no model file {path}")
         try:
-            metadata = zip_metadata(path) if zipfile.is_zipfile(path) else None
-            if engine and zipfile.is_zipfile(path):
-                raise UserError(f"{path} is run by PyTorch; --engine is for ONNX files")
-            if metadata is not None:
-                self.metadata = check_version(path, json.loads(metadata))
-                load = LOADERS[self.metadata.get("format", "torchscript")]
-                self._run, _ = load(path, device)
-            else:  # ONNX, or nothing that export_model.py wrote
-                is_zip = zipfile.is_zipfile(path)
-                load = load_torchscript if is_zip else ENGINES[engine or default_engine()]
-                self._run, metadata = load(path, device)
-                if not metadata:
-                    raise UserError(
-                        f"{path} was not written by export_model.py: it has no {METADATA}"
-                    )
-                self.metadata = check_version(path, json.loads(metadata))
+            self._run, self.metadata = load(path, device, engine)
             if "masks" in self.outputs:
                 import cv2  # noqa: F401  # if missing, report it now
         except UserError:
@@ -130,11 +116,24 @@ class ExportedDetector:
         return self.detect([array])[0]
 
     def detect(self, arrays: list) -> list:
-        """The same for several arrays of one size, together if the model takes batches."""
+        """The same for several arrays of one size, together if the model takes batches.
+
+        Raises:
+            UserError: if the model cannot be run on them.
+        """
         images = np.ascontiguousarray(np.stack(arrays), dtype=np.float32)
-        if "num_detections" not in self.outputs:
-            return [dict(zip(self.outputs, self._run(image))) for image in images]
-        outputs = dict(zip(self.outputs, self._run(images)))
+        try:
+            if "num_detections" not in self.outputs:
+                return [dict(zip(self.outputs, self._run(image))) for image in images]
+            outputs = dict(zip(self.outputs, self._run(images)))
+        except UserError:
+            raise
+        except Exception as error:  # an engine can fail in any way
+            height, width = images.shape[2:]
+            raise UserError(
+                f"the model does not take {len(images)} image(s) of {width} x {height}: "
+                f"{one_line(error)}"
+            ) from None
         numbers = outputs.pop("num_detections")
         size = {"image_size": np.array(images.shape[2:])}
         return [
@@ -159,17 +158,36 @@ class ExportedDetector:
         scale = self.metadata["min_size"] / min(width, height)
         if scale * max(width, height) > self.metadata["max_size"]:
             scale = self.metadata["max_size"] / max(width, height)
-        return int(width * scale + 0.5), int(height * scale + 0.5)
+        return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
-def zip_metadata(path: str):
+def load(path: str, device: str, engine: Optional[str]) -> tuple:
+    """The model of a file as a function of an array to arrays, and what the file says of it."""
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # of PyTorch
+    if not is_zip:
+        run, metadata = ENGINES[engine or default_engine()](path, device)
+        return run, check_metadata(path, metadata)
+    if engine:
+        raise UserError(f"{path} is run by PyTorch; --engine is for ONNX files")
+    metadata = check_metadata(path, zip_metadata(path))
+    return LOADERS[metadata.get("format", "torchscript")](path, device), metadata
+
+
+def zip_metadata(path: str) -> Optional[str]:
     """The JSON in a file of PyTorch, None if there is none."""
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA}")]
-        return archive.read(names[0]) if names else None
+        return archive.read(names[0]).decode() if names else None
 
 
-def check_version(path: str, metadata: dict) -> dict:
+def check_metadata(path: str, text: Optional[str]) -> dict:
+    if not text:
+        raise UserError(
+            f"{path} is not an exported model: it has no {METADATA}, so it was not written by "
+            "export_model.py"
+        )
+    metadata = json.loads(text)
     version = metadata.get("format_version", 1)
     if version > FORMAT_VERSION:
         raise UserError(
@@ -184,9 +202,11 @@ def load_torchscript(path: str, device: str):
     import torch
     import torchvision  # noqa: F401  # its operators
 
-    files = {METADATA: ""}
-    model = torch.jit.load(path, map_location=device, _extra_files=files)
-    return with_tensors(model, device), files[METADATA]
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # unknown, or not there
+        raise UserError(f"--device {device}: {one_line(error)}") from None
+    return with_tensors(torch.jit.load(path, map_location=device), device)
 
 
 def load_pt2(path: str, device: str):
@@ -195,7 +215,7 @@ def load_pt2(path: str, device: str):
     import torchvision  # noqa: F401  # its operators
 
     logging.getLogger("torch._export").setLevel(logging.ERROR)  # of symbols that are not needed
-    return with_tensors(torch.export.load(path).module(), device), None
+    return with_tensors(torch.export.load(path).module(), device)
 
 
 def load_aoti(path: str, device: str):
@@ -220,7 +240,7 @@ def load_aoti(path: str, device: str):
                 f"it; export with --format pt2 ({one_line(error)})"
             ) from None
 
-    return with_tensors(detect_padded, device), None
+    return with_tensors(detect_padded, device)
 
 
 def with_tensors(model, device: str):
@@ -288,7 +308,8 @@ def engine_threads() -> int:
 
 
 def default_engine() -> str:
-    return "onnxruntime" if importlib.util.find_spec("onnxruntime") else "openvino"
+    """The first engine that is installed; the first one, to be named as missing, if none is."""
+    return next(filter(importlib.util.find_spec, ENGINES), "onnxruntime")
 
 
 ENGINES = {"onnxruntime": load_onnx, "openvino": load_openvino}
@@ -297,9 +318,10 @@ LOADERS = {"torchscript": load_torchscript, "pt2": load_pt2, "aoti": load_aoti}
 
 def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # PyTorch's, about how the model was written
-    if args.threads < 1 or args.batch_size < 1:
-        raise UserError("--threads and --batch-size have to be 1 or more")
-    items, number = list_items(args.images)
+    if args.threads < 1 or args.batch_size < 1 or args.repeat < 0:
+        raise UserError("--threads and --batch-size have to be 1 or more, --repeat 0 or more")
+    files = list_files(args.images)
+    items, number = list_items(files)
     if args.arrays and number != 1:
         raise UserError("--arrays is for a single image")
     if args.threads > 1:  # each with a share of the cores
@@ -308,7 +330,7 @@ def main(args: argparse.Namespace) -> int:
     detector = ExportedDetector(args.model, args.device, args.engine)
     done = failed = 0
     start = time.perf_counter()
-    with Output(args.output) as output, bar(number) as progress:
+    with Output(args.output, files) as output, bar(number) as progress:
         detect = functools.partial(detect_in, detector, repeat=args.repeat)
         for item, result in in_threads(detect, items, args.threads, args.batch_size):
             try:
@@ -351,8 +373,8 @@ class Result(NamedTuple):
     seconds: float
 
 
-def list_items(paths: list) -> tuple:
-    """The images of files, folders and videos, in order, and their number, None if not known."""
+def list_files(paths: list) -> list:
+    """The images and videos of files and folders, in order."""
     files = []
     for path in paths:
         if not os.path.isdir(path):
@@ -362,19 +384,32 @@ def list_items(paths: list) -> tuple:
         if not inside:
             raise UserError(f"there are no images and no videos in the folder {path}")
         files += map(str, inside)
-    are_videos = [file.lower().endswith(VIDEOS) for file in files]
-    parts = (frames(f) if is_video else [Item(f)] for f, is_video in zip(files, are_videos))
-    return itertools.chain.from_iterable(parts), None if any(are_videos) else len(files)
+    return files
+
+
+def list_items(files: list) -> tuple:
+    """The images of files, in order, and their number, None if it is not known: of videos."""
+    videos = list(filter(is_video, files))
+    if videos:
+        try:
+            import cv2  # noqa: F401  # if missing, report it now
+        except ImportError:
+            raise UserError(f"{videos[0]} needs the package {PACKAGES['cv2']}") from None
+    parts = (frames(file) if is_video(file) else [Item(file)] for file in files)
+    return itertools.chain.from_iterable(parts), None if videos else len(files)
+
+
+def is_video(file: str) -> bool:
+    return file.lower().endswith(VIDEOS)
 
 
 def frames(path: str):
-    try:
-        import cv2
-    except ImportError:
-        raise UserError(f"{path} needs the package {PACKAGES['cv2']}") from None
+    import cv2
+
     if os.path.isfile(path):
         video = cv2.VideoCapture(path)
         rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        expected = video.get(cv2.CAP_PROP_FRAME_COUNT)  # of some formats, about
         for number in itertools.count():
             is_there, pixels = video.read()
             if not is_there:
@@ -382,6 +417,8 @@ def frames(path: str):
             image = Image.fromarray(pixels[:, :, ::-1])
             yield Item(path, frame=number, rate=rate, image=image)
         video.release()
+        if 0 < number < 0.9 * expected:
+            report(f"{path} ends after {number} of {expected:.0f} images; is it damaged?", "note")
         if number > 0:
             return
     yield Item(path, error=UserError(f"cannot read video {path}"))
@@ -420,7 +457,7 @@ def detect_in(detector: ExportedDetector, items: list, repeat: int) -> list:
         try:
             outputs, seconds = run(detector, [array for _, _, array in group], repeat)
         except UserError as error:  # the model takes no images of this size
-            results.update((i, error) for i, _, _ in group)
+            results.update((i, UserError(f"{items[i].path}: {error}")) for i, _, _ in group)
             continue
         for (i, image, array), output in zip(group, outputs):
             results[i] = Result(image, array, output, seconds / len(group))
@@ -450,15 +487,18 @@ def read(item: Item, detector: ExportedDetector):
         return item.image, detector.preprocess(item.image)
     try:
         if path.endswith(".npy"):
-            array = np.load(path)
-            if array.ndim != 3 or len(array) != 3:
-                raise ValueError(f"an array (3, height, width) is needed, not {array.shape}")
+            array = np.asarray(np.load(path))
+            is_image = array.ndim == 3 and len(array) == 3 and array.size > 0
+            if not is_image or array.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"an array (3, height, width) is needed, not {array.shape} of {array.dtype}"
+                )
             return None, array
         # Of a path, Pillow turns some TIFFs wrongly.
         with open(path, "rb") as file, Image.open(file) as opened:
             image = as_rgb(opened, detector.metadata.get("gray_range"))
         return image, detector.preprocess(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"cannot read image {path}: {one_line(error)}") from None
 
 
@@ -592,8 +632,9 @@ def outlines(mask: np.ndarray, box: np.ndarray) -> list:
 class Output:
     """Writes the results to standard output, and to a folder if one is given."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, inputs: list):
         self.folder = folder and Path(folder)
+        self.inputs = {identity(path) for path in inputs if os.path.exists(path)}
         self.lines = None
         self.used = set()
         self.videos = {}  # by path of the input
@@ -618,18 +659,17 @@ class Output:
         print(line, flush=True)
         if not self.folder:
             return
-        self.lines.write(line + "\n")
-        if image is None:
-            return
-        picture = draw(image, record["detections"])
-        if "frame" in record:
-            self.video(record["image"], rate, picture.size).write(np.asarray(picture)[:, :, ::-1])
-            return
-        file = self.picture_name(record["image"])
         try:
-            picture.save(file)
+            self.lines.write(line + "\n")
+            if image is None:
+                return
+            picture = draw(image, record["detections"])
+            if "frame" not in record:
+                picture.save(self.picture_name(record["image"]))
+                return
         except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from None
+            raise UserError(f"cannot write to {self.folder}: {one_line(error)}") from None
+        self.video(record["image"], rate, picture.size).write(np.asarray(picture)[:, :, ::-1])
 
     def video(self, path: str, rate: float, size: tuple):
         if path not in self.videos:
@@ -643,15 +683,21 @@ class Output:
         return self.videos[path]
 
     def picture_name(self, path: str, suffix: str = ".png") -> Path:
-        """A path that differs from those of the run's other images and from the image itself."""
+        """A path that differs from those of the run's other pictures and of all its images."""
         stem, number = Path(path).stem, 1
         while True:
             file = self.folder / (stem + (suffix if number == 1 else f"_{number}{suffix}"))
-            is_input = file.exists() and file.samefile(path)
+            is_input = file.exists() and identity(file) in self.inputs
             if file not in self.used and not is_input:
                 self.used.add(file)
                 return file
             number += 1
+
+
+def identity(path) -> tuple:
+    """What two names of one file have in common."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def draw(image: Image.Image, detections: list) -> Image.Image:
@@ -724,6 +770,8 @@ def class_color(number: int) -> tuple:
 
 
 def one_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image in a format that Pillow reads"
     if getattr(error, "strerror", None):
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -789,5 +837,8 @@ if __name__ == "__main__":
     except UserError as error:
         report(error)
         sys.exit(2)
+    except BrokenPipeError:  # who reads the results, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

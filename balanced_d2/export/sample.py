@@ -32,7 +32,7 @@ def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
     Raises:
         UserError: if ``file`` cannot be read.
     """
-    image = _resize(_read(file, cfg), cfg)
+    image = _resize(_read(file, cfg, "sample image") if file else _first_test_image(cfg), cfg)
     height, width = image.shape[:2]
     sizes = [
         (height * 7 // 8, width * 5 // 6),
@@ -53,15 +53,21 @@ def calibration_images(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
         cfg: says size and order of the channels.
 
     Raises:
-        UserError: if the folder has no images, or one cannot be read.
+        UserError: at once, if the folder has no images, or one cannot be read.
     """
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
     if not files:
         raise UserError(f"there are no images in the folder {folder} to quantise by")
     number = min(len(files), MAX_CALIBRATION_IMAGES)
     files = [files[i * len(files) // number] for i in range(number)]
+
+    def read(file: Path) -> np.ndarray:
+        return _read(str(file), cfg, "calibration image")
+
+    for file in files:  # a bad one is found before minutes have gone into the export
+        read(file)
     progress = tqdm(files, desc="measuring ranges", unit="image", disable=None)
-    images = (_resize(_read(str(file), cfg), cfg) for file in progress)
+    images = (_resize(read(file), cfg) for file in progress)
     return (image.transpose(2, 0, 1).astype(np.float32) for image in images)
 
 
@@ -74,19 +80,14 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _read(file: str, cfg: CfgNode) -> np.ndarray:
-    if not file:
-        return _first_test_image(cfg)
-    gray_range = cfg.INPUT.GRAY_RANGE or None
-    return read_image(file, cfg.INPUT.FORMAT, what="sample image", gray_range=gray_range)
+def _read(file: str, cfg: CfgNode, what: str = "image") -> np.ndarray:
+    return read_image(file, cfg.INPUT.FORMAT, what, gray_range=cfg.INPUT.GRAY_RANGE or None)
 
 
 def _first_test_image(cfg: CfgNode) -> np.ndarray:
     for dataset in cfg.DATASETS.TEST:
         try:
-            record = DatasetCatalog.get(dataset)[0]
-            gray_range = cfg.INPUT.GRAY_RANGE or None
-            return read_image(record["file_name"], cfg.INPUT.FORMAT, gray_range=gray_range)
+            return _read(DatasetCatalog.get(dataset)[0]["file_name"], cfg)
         except (KeyError, IndexError, OSError, UserError):
             continue
     blocks = np.random.default_rng(0).integers(256, size=(15, 20, 3), dtype=np.uint8)

@@ -31,8 +31,7 @@ def adaptive_max_pool(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     height, width = like.shape[-2:]
     is_multiple = [_is_multiple(x.shape[2], height), _is_multiple(x.shape[3], width)]
     if is_exporting() and not all(is_multiple):
-        x = x[:, :, _windows(x.shape[2], height, x.device)].amax(dim=3)
-        return x[:, :, :, _windows(x.shape[3], width, x.device)].amax(dim=4)
+        return _max_of_windows(_max_of_windows(x, 2, height), 3, width)
     # The indices of the maxima make the gradient cheap.
     if torch.is_grad_enabled() and not is_exporting():
         if all(is_multiple):
@@ -95,6 +94,19 @@ def _max_of_blocks(x: torch.Tensor, dim: int, number: int) -> torch.Tensor:
     """The maxima along one dimension of that many blocks of equal length."""
     # Several times faster on CPUs than amax, which is not vectorised over channels_last.
     return functools.reduce(torch.maximum, x.unflatten(dim, (number, -1)).unbind(dim + 1))
+
+
+def _max_of_windows(x: torch.Tensor, dim: int, number: int) -> torch.Tensor:
+    """The maxima along one dimension of that many windows of an adaptive pooling."""
+    index = _windows(x.shape[dim], number, x.device)
+    if torch.jit.is_tracing():
+        # Indices of one dimension: behind a choice that adds a dimension, OpenVINO multiplies the
+        # wrong one by the factors of the channels, if the model is in int8.
+        shape = (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
+        chosen = x.index_select(dim, index.flatten()).reshape(shape)
+    else:
+        chosen = x[(slice(None),) * dim + (index,)]
+    return chosen.amax(dim=dim + 1)
 
 
 def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:

@@ -55,20 +55,31 @@ class Metadata {
 
   std::string text(const std::string& key) const { return find(key, "\"([^\"]*)\""); }
 
+  // Element by element: an expression for the whole list exhausts the stack at a thousand names.
   std::vector<std::string> texts(const std::string& key) const {
-    const std::string list = find(key, "\\[((?:\"(?:[^\"\\\\]|\\\\.)*\"[, ]*)*)\\]");
-    const std::regex element("\"(?:[^\"\\\\]|\\\\.)*\"");
-    return {std::sregex_token_iterator(list.begin(), list.end(), element),
-            std::sregex_token_iterator()};
+    const std::string list = "\"" + key + "\": [";
+    const auto start = json_.find(list);
+    if (start == std::string::npos) throw missing(key);
+    const std::regex element("\"(?:[^\"\\\\]|\\\\.)*\"|\\]");
+    std::vector<std::string> found;
+    const auto begin = json_.begin() + start + list.size();
+    for (std::sregex_iterator i(begin, json_.end(), element), end; i != end && i->str() != "]"; ++i) {
+      found.push_back(i->str());
+    }
+    return found;
   }
 
  private:
   std::string find(const std::string& key, const std::string& value) const {
     std::smatch match;
     if (!std::regex_search(json_, match, std::regex("\"" + key + "\": *" + value))) {
-      throw std::runtime_error("the model file does not say its " + key);
+      throw missing(key);
     }
     return match[1];
+  }
+
+  static std::runtime_error missing(const std::string& key) {
+    return std::runtime_error("the model file does not say its " + key);
   }
 
   std::string json_;
