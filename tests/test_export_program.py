@@ -310,6 +310,12 @@ def test_formats_without_keypoints(format):
         export.check_exportable(small_model(*KEYPOINTS), format)
 
 
+def test_retinanet_is_not_compiled():
+    model = small_model(*ARCHITECTURES["RetinaNet"])
+    with pytest.raises(UserError, match="RetinaNet cannot be exported with --format aoti; use"):
+        export.check_exportable(model, "aoti")
+
+
 def test_runner_reads_fixed_slots_and_refuses_newer_files(tmp_path):
     class Fixed(torch.nn.Module):
         def forward(self, images):

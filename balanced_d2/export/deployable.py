@@ -149,6 +149,11 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
             "the size of the box, a loop over sizes that are data"
         )
     if isinstance(model, RetinaNet):
+        if format == "aoti":
+            raise UserError(
+                f"RetinaNet {advice}, pt2 or onnx-batch: AOTInductor takes more than half an hour "
+                "for the sizes of its coarsest levels"
+            )
         return
     rpn: Any = model.proposal_generator
     heads: Any = model.roi_heads
