@@ -151,7 +151,7 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
     if isinstance(model, RetinaNet):
         if format == "aoti":
             raise UserError(
-                f"RetinaNet {advice}, pt2 or onnx-batch: AOTInductor takes more than half an hour "
+                f"RetinaNet {advice}, pt2 or onnx-batch: AOTInductor takes more than ten minutes "
                 "for the sizes of its coarsest levels"
             )
         return
