@@ -13,12 +13,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
+from torch.nn import functional as F
 
 from balanced_d2 import export, load_config
 from balanced_d2.commands import export_model
 from balanced_d2.export import Comparison, run_exported, sample
 from balanced_d2.export.attention import CHUNK, chunk_attention
 from balanced_d2.export.quantize import quantized_nodes
+from balanced_d2.layers.rescale import adaptive_max_pool
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
@@ -387,3 +389,29 @@ def test_images_to_quantise_by_are_the_networks(tmp_path, monkeypatch):
     assert [image[2, 0, 0] for image in images] == [0, 10]
     with pytest.raises(UserError, match="no images in the folder"):
         export.calibration_images(cfg, str(tmp_path / "none"))
+
+
+def test_pooling_between_levels_in_openvino(tmp_path):
+    """OpenVINO divides by multiplying with a reciprocal, which rounds: where a quotient is a whole
+    number, as it often is, a floor of it must not depend on that."""
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+    class Pooling(torch.nn.Module):
+        def forward(self, x, like):
+            return adaptive_max_pool(x, like)
+
+    torch.onnx.export(
+        Pooling(),
+        (torch.rand(1, 2, 9, 7), torch.rand(1, 2, 4, 3)),
+        str(tmp_path / "pooling.onnx"),
+        dynamo=False,
+        input_names=["x", "like"],
+        dynamic_axes={"x": {2: "a", 3: "b"}, "like": {2: "c", 3: "d"}},
+    )
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(tmp_path / "pooling.onnx"), "CPU", options)
+    for size in range(1, 25):
+        x = torch.rand(1, 2, size, size)
+        for number in range(1, size + 1):
+            found = compiled([x.numpy(), np.zeros((1, 2, number, number), np.float32)])[0]
+            np.testing.assert_array_equal(found, F.adaptive_max_pool2d(x, number))

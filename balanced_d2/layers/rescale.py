@@ -114,11 +114,12 @@ def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:
 
     A window shorter than the longest repeats its last index, which changes no maximum.
     """
-    # As floats, exactly: OpenVINO rounds the division of integers, and AOTInductor takes minutes to
-    # simplify it.
+    # As floats: OpenVINO rounds the division of integers, and AOTInductor takes minutes to simplify
+    # it. With the half, exact, because no quotient is near an integer: OpenVINO divides by
+    # multiplying with what it takes for the reciprocal.
     i = torch.arange(windows, dtype=torch.float32, device=device)
-    begin = (i * length / windows).floor().long()
-    end = ((i + 1) * length / windows).ceil().long()
+    begin = ((i * length + 0.5) / windows).floor().long()
+    end = (((i + 1) * length + (windows - 0.5)) / windows).floor().long()
     longest = (length + windows - 1) // windows + 1
     index = begin[:, None] + torch.arange(longest, device=device)
     return torch.minimum(index, end[:, None] - 1)
