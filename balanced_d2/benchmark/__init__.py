@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler says when it starts and stops
 
-
+# First, so that importing Detectron2 is quiet.
 import balanced_d2.utils.requirements  # noqa: F401
 
 # isort: split
