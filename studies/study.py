@@ -199,6 +199,9 @@ class _Program:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        # Only an interrupted run needs them, and those of a study would fill a disk.
+        for path in Path(folder).glob("model_[0-9]*.pth"):
+            path.unlink()
         return ""
 
 

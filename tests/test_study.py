@@ -67,6 +67,7 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     initial = torch.load(output / "bccd" / "initial-3.pth", weights_only=True)["model"]
     for row in by_row:
         final = output / "bccd" / f"{row}-3" / "model_final.pth"
+        assert list(final.parent.glob("*.pth")) == [final]
         weights = torch.load(final, weights_only=True)["model"]
         assert set(initial) <= set(weights)
         for name, value in initial.items():
