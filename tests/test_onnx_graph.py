@@ -255,12 +255,16 @@ def test_tools_that_simplify_leave_the_result(exported, tool):
 
 
 @pytest.mark.slow
-def test_tool_quantises_by_a_folder(run_here, tiny_coco, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "format, name", [("onnx", "model.int8.onnx"), ("onnx-batch", "model.batch.int8.onnx")]
+)
+def test_tool_quantises_by_a_folder(format, name, run_here, tiny_coco, tmp_path, monkeypatch):
     """And evaluates the file on all engines: OpenVINO finds what ONNX Runtime does."""
     # They have tests of their own, and start many processes.
     monkeypatch.setattr(export_model, "verify", lambda *arguments: None)
     monkeypatch.setattr(export, "latencies", lambda *arguments: "")
-    pytest.importorskip("onnxscript", reason="PyTorch's current ONNX exporter needs onnxscript")
+    if format == "onnx-batch":
+        pytest.importorskip("onnxscript", reason="PyTorch's current ONNX exporter needs onnxscript")
     opts = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     opts += ["INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"]
     opts += ["DATASETS.TEST", "('tiny',)", "MODEL.WEIGHTS", str(tmp_path / "model.pth")]
@@ -268,20 +272,20 @@ def test_tool_quantises_by_a_folder(run_here, tiny_coco, tmp_path, monkeypatch):
     torch.save({"model": state}, tmp_path / "model.pth")
     images = tiny_coco.parent / "images"
     result = run_here(
-        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--format", "onnx-batch"),
+        *("tools/export_model.py", "--config-file", TINY_CONFIG, "--format", format),
         *("--register", "tiny", tiny_coco, images, "--quantize", images),
         *("--output", tmp_path, *opts),
     )
     assert result.returncode == 0, result.stderr
     assert "AP on tiny, onnxruntime: " in result.stdout
-    int8 = onnx.load(tmp_path / "model.batch.int8.onnx")
+    int8 = onnx.load(tmp_path / name)
     described = json.loads(int8.metadata_props[0].value)
-    assert described["class_names"] == ["bright", "dark"] and described["format"] == "onnx-batch"
+    assert described["class_names"] == ["bright", "dark"] and described["format"] == format
 
     found = []
-    for engine in export.installed_engines("onnx-batch"):
+    for engine in export.installed_engines(format):
         result = run_here(
-            *("tools/run_exported.py", tmp_path / "model.batch.int8.onnx", images),
+            *("tools/run_exported.py", tmp_path / name, images),
             *("--batch-size", "4", "--engine", engine, "--threshold", "0.1"),
         )
         assert result.returncode == 0
@@ -294,9 +298,8 @@ def test_tool_quantises_by_a_folder(run_here, tiny_coco, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "format, folder, tested, parts",
     [
-        ("pt2", "empty", "()", ["--quantize is for --format onnx-batch, not pt2"]),
-        ("onnx", "empty", "()", ["--quantize is for --format onnx-batch, not onnx"]),
-        ("onnx-batch", "empty", "()", ["there are no images in the folder"]),
+        ("pt2", "empty", "()", ["--quantize is for --format onnx and onnx-batch, not pt2"]),
+        ("onnx", "empty", "()", ["there are no images in the folder"]),
         ("onnx-batch", "bad", "()", ["cannot read the calibration image", "b.png"]),
         ("onnx-batch", "bad", "('nowhere',)", ["nowhere"]),  # after an export of minutes
     ],
@@ -341,9 +344,9 @@ def test_int8_that_loses_ap_is_refused(
     cfg = load_config(TINY_CONFIG, ["DATASETS.TEST", "('a', 'b')"])
     if is_refused:
         with pytest.raises(SystemExit, match=f"int8 loses {lost} AP, more than 0.5; .* float.onnx"):
-            export_model.compare_accuracy(cfg, ["float.onnx", "int8.onnx"])
+            export_model.compare_accuracy(cfg, "float.onnx", "int8.onnx", "onnx")
     else:
-        export_model.compare_accuracy(cfg, ["float.onnx", "int8.onnx"])
+        export_model.compare_accuracy(cfg, "float.onnx", "int8.onnx", "onnx")
     said = capsys.readouterr().out
     assert said.count("AP on ") == 4
     assert f"AP on {place[0]}, {place[1]}: 40.00 before, {40 - lost:.2f} in int8" in said
@@ -355,7 +358,7 @@ def test_ap_that_is_not_known_is_said(tested, two_engines, monkeypatch, capsys):
     trainer = SimpleNamespace(build_test_loader=lambda *a: 0, build_evaluator=lambda *a: 0)
     monkeypatch.setattr(export_model, "trainer_for", lambda cfg: trainer)
     cfg = load_config(TINY_CONFIG, ["DATASETS.TEST", tested])
-    export_model.compare_accuracy(cfg, ["float.onnx", "int8.onnx"])
+    export_model.compare_accuracy(cfg, "float.onnx", "int8.onnx", "onnx")
     assert "it is not known how much AP int8 costs" in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """Write a trained detector as one file (TorchScript, torch.export, ONNX), and verify it.
 
 The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
-(onnx-batch), and with --quantize also .batch.int8.onnx.
+(onnx-batch), and with --quantize also .int8.onnx or .batch.int8.onnx.
 tools/run_exported.py runs any of them, without Detectron2.
 """
 
@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 import tempfile
-from typing import Iterator, List, Optional
+from typing import Iterator, Optional
 
 # First, so that importing Detectron2 is quiet.
 import balanced_d2.export as export
@@ -37,8 +37,8 @@ def main(args: argparse.Namespace) -> None:
             "--method scripting was retired, since PyTorch has deprecated scripting; leave it out: "
             "every model can be exported by tracing"
         )
-    if args.quantize and args.format != "onnx-batch":
-        raise UserError(f"--quantize is for --format onnx-batch, not {args.format}")
+    if args.quantize and not args.format.startswith("onnx"):
+        raise UserError(f"--quantize is for --format onnx and onnx-batch, not {args.format}")
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")
@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
     if args.verify:
         verify(model, path, images, args.format)
     files = [(path, args.format)]
+    int8 = ""
     if calibration is not None:
         int8 = path.removesuffix("onnx") + "int8.onnx"
         export.quantize_onnx(path, int8, calibration)
@@ -75,8 +76,8 @@ def main(args: argparse.Namespace) -> None:
     if args.verify:
         with file_is_kept():
             print(export.latencies(model, files, images[0], run_exported.__file__), flush=True)
-        if calibration is not None:
-            compare_accuracy(cfg, [path for path, _ in files])
+        if int8:
+            compare_accuracy(cfg, path, int8, args.format)
 
 
 def images_to_quantize_by(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
@@ -84,21 +85,21 @@ def images_to_quantize_by(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
     return export.calibration_images(cfg, folder)
 
 
-def compare_accuracy(cfg: CfgNode, paths: List[str]) -> None:
+def compare_accuracy(cfg: CfgNode, path: str, int8: str, format: str) -> None:
     """Say what quantisation has cost on the data sets of the config; too much is an error."""
     lost = []
     trainer = trainer_for(cfg)
-    engines = export.installed_engines("onnx-batch")
+    engines = export.installed_engines(format)
     for dataset, engine in itertools.product(cfg.DATASETS.TEST, engines):
         with tempfile.TemporaryDirectory() as folder:
             before, after = (
                 export.average_precision(
-                    path,
+                    file,
                     trainer.build_test_loader(cfg, dataset),
                     trainer.build_evaluator(cfg, dataset, folder),
                     engine,
                 )
-                for path in paths
+                for file in (path, int8)
             )
         print(f"AP on {dataset}, {engine}: {before:.2f} before, {after:.2f} in int8", flush=True)
         lost.append(before - after)
@@ -107,7 +108,7 @@ def compare_accuracy(cfg: CfgNode, paths: List[str]) -> None:
     elif max(lost) > MAX_LOST_AP:
         sys.exit(
             f"error: int8 loses {max(lost):.2f} AP, more than {MAX_LOST_AP}; the file is kept, but "
-            f"deploy {os.path.basename(paths[0])}, or quantise by images like those it is for"
+            f"deploy {os.path.basename(path)}, or quantise by images like those it is for"
         )
 
 
@@ -152,7 +153,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--quantize",
         metavar="FOLDER",
-        help="of onnx-batch, also in int8, with the ranges of activations on FOLDER's images",
+        help="ONNX also in int8, with the ranges of activations on FOLDER's images",
     )
     # From the time when there was a choice: commands of then still run.
     parser.add_argument(
