@@ -92,6 +92,33 @@ def test_new_weights_are_seen_where_folded_ones_are_kept():
         assert torch.allclose(conv(x), other(x))
 
 
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_what_was_learnt_since_the_last_evaluation_is_seen(norm):
+    """A fused optimizer and the norm's statistics change without a new version of the tensor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(block(norm(6)), nn.ReLU())
+    plain = copy.deepcopy(model)
+    fold_norm(model)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=True) for m in (model, plain)]
+    before = None
+    for _ in range(3):
+        for mode in (True, False):
+            with torch.no_grad():
+                expected, found = plain.train(mode)(x), model.train(mode)(x)
+                assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+                assert before is None or not torch.allclose(found, before)
+        before = found
+        for m, optimizer in zip((model, plain), optimizers):
+            optimizer.zero_grad()
+            (m.train()(x) - 1).square().sum().backward()
+            optimizer.step()
+        # In training mode, without a change of it (PreciseBN).
+        with torch.no_grad():
+            assert torch.allclose(model(x), plain(x), rtol=1e-9, atol=1e-12)
+    copy.deepcopy(model)
+
+
 class Reused(nn.Module):
     """What the convolution gives is read twice: its norm must not be folded into it."""
 

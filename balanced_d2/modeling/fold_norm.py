@@ -74,18 +74,21 @@ class _Folded:
             return fused_conv(self.conv, x, weight, bias, activation, add)
         self.conv.__dict__["_parameters"] = {"weight": weight, "bias": bias}
         x = self.conv.forward(x)
+        self.conv.__dict__["_parameters"] = {}
         if add is not None:
             x += add
         return x if activation is None else activation(x)
 
     def _weights(self, conv: Any, dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
-        """Of shapes (O, I, H, W) and (O,), computed anew only where they can have changed."""
+        """Of shapes (O, I, H, W) and (O,), computed anew only where they can have changed: fused
+        optimizers and norms in training do not count the versions of what they change."""
         norm = self.norm
         read = [conv.weight, conv.bias]
         if norm is not None:
             read += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         tensors = [tensor for tensor in read if tensor is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        can_learn = torch.is_grad_enabled() or conv.training
+        if can_learn and any(tensor.requires_grad for tensor in tensors):
             return self._fold(read, dtype)
         key = [dtype, *((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)]
         if key != self.key:
@@ -111,6 +114,10 @@ class _FoldingConv(nn.Module):
     """Mixed into the class of a convolution that computes what follows it, too."""
 
     folded: _Folded
+
+    def train(self, mode: bool = True) -> "_FoldingConv":
+        self.folded.key = None  # the weights may have changed since the mode did
+        return super().train(mode)
 
     def forward(
         self,
