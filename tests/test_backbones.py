@@ -140,31 +140,62 @@ def test_strides_and_channels(cls, name):
         assert feature.shape == (1, shape.channels, 96 // stride, 64 // stride)
 
 
+# What each computes the map of stride 4 by.
+FIRST_STAGES = {
+    (TimmBackbone, "resnet18"): ("conv1", "bn1", "layer1"),
+    (TimmBackbone, "mobilenetv3_small_100"): ("conv_stem", "bn1", "blocks.0"),
+    (TimmBackbone, "convnext_atto"): ("stem_0", "stem_1", "stages_0"),
+    (TorchvisionBackbone, "resnet18"): ("conv1", "bn1", "layer1"),
+    (TorchvisionBackbone, "mobilenet_v3_small"): ("features.0", "features.1"),
+    (TorchvisionBackbone, "regnet_y_400mf"): ("stem", "trunk_output.block1"),
+}
+
+
 @pytest.mark.parametrize("cls, name", NETWORKS)
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 4])
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_frozen_stages(cls, name, freeze_at, norm):
-    """What has no gradient is what the features up to that stride depend on, and nothing else."""
+    """What is trained changes the maps of larger strides, and no other."""
     backbone = cls(name, pretrained=False, freeze_at=freeze_at, norm=norm).train()
-    all_trained = cls(name, pretrained=False, freeze_at=0, norm="BN").eval()
-    maps = dict(zip(all_trained._names, all_trained.network(torch.randn(1, 3, 64, 64))))
-    strides = all_trained._out_feature_strides
-    frozen = [maps[name].sum() for name in maps if strides[name] <= 2**freeze_at]
-    names = [name for name, _ in all_trained.named_parameters()]
-    needed = set()
-    if frozen:
-        gradients = torch.autograd.grad(sum(frozen), all_trained.parameters(), allow_unused=True)
-        needed = {name for name, gradient in zip(names, gradients) if gradient is not None}
-    fixed = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
-    norms = {name for name in names if name not in dict(backbone.named_parameters())}
-    assert fixed | norms >= needed
-    assert fixed <= needed
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    torch.manual_seed(0)
+    other = cls(name, pretrained=False, freeze_at=0, norm="BN").eval()
+    parameters, strides = dict(other.named_parameters()), other._out_feature_strides.values()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for value in parameters.values():  # the last norm of each residual block is zero
+            value.add_(0.1 * torch.rand_like(value))
+        expected = other.network(image)
+        for parameter in trained:
+            parameters[parameter].add_(torch.rand_like(parameters[parameter]))
+        changed = [not torch.equal(x, y) for x, y in zip(other.network(image), expected)]
+    assert changed == [stride > 2**freeze_at for stride in strides]
+    if freeze_at == 2:
+        prefix = "network." if cls is TimmBackbone else "network.extractor."
+        first = tuple(f"{prefix}{stage}." for stage in FIRST_STAGES[cls, name])
+        assert not {parameter for parameter in trained if parameter.startswith(first)}
+        if norm == "BN":
+            assert trained == {n for n in parameters if not n.startswith(first)}
+
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
     backbone(torch.randn(2, 3, 64, 64))
     changed = {n for n, buffer in backbone.named_buffers() if not torch.equal(buffer, before[n])}
     has_norms = any("running_mean" in name for name in before)
     assert bool(changed) == (norm == "BN" and has_norms)
-    assert not {name.rpartition(".")[0] + ".weight" for name in changed} & needed
+    assert {name.rpartition(".")[0] + ".weight" for name in changed} <= trained
+
+
+# Channels last, of one size unless told otherwise, and with modules of other names than timm says.
+@pytest.mark.parametrize(
+    "name", ["mambaout_femto", "swin_tiny_patch4_window7_224", "twins_svt_small"]
+)
+def test_transformers_and_the_like(name):
+    backbone = TimmBackbone(name, pretrained=False).eval()
+    channels = timm.create_model(name, features_only=True, pretrained=False).feature_info.channels()
+    for height, width in ((4 * channels[0], 64), (96, 160)):
+        maps = backbone(torch.zeros(1, 3, height, width)).values()
+        for i, (x, number) in enumerate(zip(maps, channels)):
+            assert x.shape == (1, number, height // 2 ** (i + 2), width // 2 ** (i + 2))
 
 
 def test_weights_of_a_local_file(tmp_path):
@@ -201,6 +232,9 @@ def test_weights_of_a_local_file(tmp_path):
             lambda: TimmBackbone("convnext_atto", pretrained=False, out_features=("stem", "res2")),
             "no feature stem",
         ),
+        (lambda: TimmBackbone("hrnet_w18_small", pretrained=False), "set .*FREEZE_AT to 0"),
+        (lambda: TimmBackbone("coat_lite_tiny", pretrained=False), "does not take images of every"),
+        (lambda: TimmBackbone("mobilevitv2_050", pretrained=False), "no pyramid can be built"),
     ],
 )
 def test_what_there_is_not(make, message):

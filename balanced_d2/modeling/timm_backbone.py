@@ -1,6 +1,6 @@
 """Any network of timm as a backbone."""
 
-from typing import Any, Sequence
+from typing import Any, Dict, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -51,7 +51,6 @@ class TimmBackbone(FeatureBackbone):
             info.channels(),
             info.reduction(),
             out_features,
-            stages=[_module_name(network, name) for name in info.module_name()],
             freeze_at=freeze_at,
             freeze_norm=freeze_batch_norm_2d,
             norm=norm,
@@ -91,8 +90,11 @@ def _check_name(name: str) -> None:
 def _create(name: str, pretrained: bool, weights: str) -> nn.Module:
     import timm
 
+    # Swin transformers take images of one size unless they are told otherwise.
+    any_size: Dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
+
     def create(**arguments):
-        return timm.create_model(name, features_only=True, **arguments)
+        return timm.create_model(name, features_only=True, **any_size, **arguments)
 
     if not (pretrained or weights):
         return create(pretrained=False)
@@ -128,8 +130,3 @@ def _create(name: str, pretrained: bool, weights: str) -> nn.Module:
             f"{left[0]} the first"
         )
     return network
-
-
-def _module_name(network: nn.Module, name: str) -> str:
-    # timm flattens most networks: "stages.0" is then "stages_0".
-    return name.replace(".", "_") if type(network).__name__ == "FeatureListNet" else name

@@ -49,7 +49,6 @@ class TorchvisionBackbone(FeatureBackbone):
             channels,
             strides,
             out_features,
-            stages=[f"extractor.{module}" for module in last],
             freeze_at=freeze_at,
             freeze_norm=FrozenBatchNorm2d.convert_frozen_batchnorm,
             norm=norm,
