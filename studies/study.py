@@ -28,6 +28,7 @@ from studies.levels import ap_by_level
 
 # isort: split
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
@@ -92,7 +93,14 @@ class _Program:
         for row in args.rows:
             check_choice("row", row, self.rows)
         check_writable(args.results)
-        done = {Run(line["data"], line["row"], line["seed"]) for line in read_lines(args.results)}
+        lines = [line for line in read_lines(args.results) if line["data"] == args.data]
+        iterations = self._load_config().SOLVER.MAX_ITER
+        if any(line["iterations"] != iterations for line in lines):
+            raise UserError(
+                f"{args.results} has runs on {args.data} that are not of {iterations} iterations; "
+                "give each length a file of its own"
+            )
+        done = {Run(line["data"], line["row"], line["seed"]) for line in lines}
         runs = [Run(args.data, row, seed) for seed in args.seeds for row in args.rows]
         todo = [run for run in runs if run not in done]
         for seed in sorted({run.seed for run in todo}):
@@ -132,7 +140,7 @@ class _Program:
             return
         check_writable(path)
         seed_all(WEIGHT_SEEDS, seed)
-        model = build_model(load_config(self.config, [*self._options(), "MODEL.DEVICE", "cpu"]))
+        model = build_model(self._load_config())
         with open_replacing(path, "wb") as file:
             torch.save({"model": model.state_dict()}, file)
 
@@ -142,6 +150,9 @@ class _Program:
         if self.data.shapes is not None:
             opts += ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
         return [*opts, *row, *self.args.opts]
+
+    def _load_config(self, row: Sequence[str] = ()) -> CfgNode:
+        return load_config(self.config, [*self._options(row), "MODEL.DEVICE", "cpu"])
 
     def _train(self, run: Run) -> str:
         """Train, evaluate and write the line of a run; return the error, or ""."""
@@ -174,19 +185,21 @@ class _Program:
         if process.returncode:
             return f"exit code {process.returncode}, see {log.name}"
         metrics = read_metrics(folder)
-        cfg = load_config(self.config, [*opts, "MODEL.DEVICE", "meta"])
         results = {
             name.removeprefix("bbox/"): list(values.values())[-1]
             for name, values in metrics.items()
             if name.startswith("bbox/")
         }
         detections = os.path.join(folder, "inference", "coco_instances_results.json")
-        results.update(ap_by_level(cfg, self._annotations(run.seed, "val"), detections))
+        # The levels of the plain row, so that all rows are compared on the same objects.
+        plain = self._load_config()
+        results.update(ap_by_level(plain, self._annotations(run.seed, "val"), detections))
+        model = build_model(self._load_config(row))
         line = {
             **run._asdict(),
-            "iterations": cfg.SOLVER.MAX_ITER,
+            "iterations": plain.SOLVER.MAX_ITER,
             "results": results,
-            "parameters": sum(p.numel() for p in build_model(cfg).parameters()),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_per_iteration": statistics.median(metrics["time"].values()),
             "peak_memory_mib": round(usage.ru_maxrss / 1024),
             "threads": self.threads,

@@ -155,6 +155,7 @@ def test_figures_of_class_groups():
     [
         ({"cls_loss": "seesaw"}, "'seesaw' is no classification loss"),
         ({"cls_loss": SeesawLoss}, "is no classification loss.*such as FocalLoss"),
+        ({"cls_loss": SeesawLoss(5)}, "loss is for 5 classes, and the predictor for 3"),
         ({"class_counts": [1, 2]}, "CLASS_COUNTS has 2 numbers"),
     ],
 )

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from balanced_d2 import load_config
-from balanced_d2.engine import speed
+from balanced_d2.engine import BalancedTrainer, speed
 from balanced_d2.engine.speed import autocast, has_fast_bfloat16, speed_up, use_available_device
 from balanced_d2.utils.errors import UserError
 
@@ -68,6 +68,21 @@ def test_each_mode_has_its_own_precision(training):
     for mode in (True, False):
         model.train(mode)(torch.ones(1, 2))
         assert model[0].dtype == (torch.bfloat16 if mode == training else torch.float32)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_augmented_evaluation_in_mixed_precision(enabled, monkeypatch):
+    """Detectron2's test-time augmentation does not call the model's forward."""
+    cfg = config("TEST.AMP.ENABLED", str(enabled), "DATASETS.TEST", "()")
+    seen = []
+
+    def evaluate(cfg, model, evaluators):
+        seen.append(model.model.backbone(torch.zeros(1, 3, 32, 32))["p3"].dtype)
+        return {}
+
+    monkeypatch.setattr(BalancedTrainer, "test", evaluate)
+    BalancedTrainer.test_with_TTA(cfg, speed_up(cfg, build_model(cfg)).eval())
+    assert seen == [torch.bfloat16 if enabled else torch.float32]
 
 
 @pytest.mark.parametrize(

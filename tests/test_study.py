@@ -49,7 +49,7 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     write_bccd(tmp_path / "datasets")
     results, output = tmp_path / "results.jsonl", tmp_path / "output"
     arguments = (results, output, tmp_path / "datasets")
-    done = {"data": "bccd", "row": "sampling", "seed": 3}
+    done = {"data": "bccd", "row": "sampling", "seed": 3, "iterations": 5}
     results.write_text(json.dumps(done) + "\n")
     rows = ("--rows", "plain", "sampling", "all", "--seeds", "3")
     result = train(*arguments, *rows, "--jobs", "2")
@@ -91,6 +91,8 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     before = results.read_text()
     assert train(*arguments, *rows).returncode == 0
     assert results.read_text() == before
+    result = train(*arguments, *rows, opts=["SOLVER.MAX_ITER", "6"])
+    assert result.returncode == 2 and "runs on bccd that are not of 6 iterations" in result.stderr
     result = train(*arguments, "--rows", "everything")
     assert result.returncode == 2 and "unknown row 'everything'" in result.stderr
     result = train(*arguments, "--rows", "plain", "--seeds", "4", opts=["MODEL.RESNETS.DEPTH", "7"])

@@ -58,25 +58,30 @@ def keep_heap() -> None:
 
 
 def autocast(model: nn.Module, device: str, training: bool) -> None:
-    """Let a model compute in mixed precision: bfloat16 on CPUs, float16 on GPUs.
+    """Let a model compute in :func:`mixed_precision`.
 
     Args:
         device: of the model.
         training: whether in training mode, or else in evaluation mode.
     """
-    forward, device_type = model.forward, torch.device(device).type
-    dtype = torch.float16
-    if device_type == "cpu":
-        dtype = torch.bfloat16
+    forward = model.forward
+    if torch.device(device).type == "cpu":
         _keep_float32(model, training)
 
     def forward_in_mixed_precision(*args, **kwargs):
         if model.training != training:
             return forward(*args, **kwargs)
-        with torch.autocast(device_type, dtype):
+        with mixed_precision(device):
             return forward(*args, **kwargs)
 
     model.forward = forward_in_mixed_precision  # as torch.autocast does with a function
+
+
+def mixed_precision(device: str, enabled: bool = True) -> torch.autocast:
+    """Within it, bfloat16 on CPUs and float16 on GPUs, where they do."""
+    device_type = torch.device(device).type
+    dtype = torch.bfloat16 if device_type == "cpu" else torch.float16
+    return torch.autocast(device_type, dtype, enabled=enabled)
 
 
 def _keep_float32(model: nn.Module, training: bool) -> None:

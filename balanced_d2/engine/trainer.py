@@ -34,7 +34,7 @@ from balanced_d2.engine.averaging import AveragedWeights, AverageWeights
 from balanced_d2.engine.hooks import ResumablePreciseBN, SeedIterations, StopOnSignal
 from balanced_d2.engine.mlflow import MLflowWriter
 from balanced_d2.engine.optimizer import build_optimizer, settings_kept
-from balanced_d2.engine.speed import autocast, speed_up
+from balanced_d2.engine.speed import autocast, mixed_precision, speed_up
 from balanced_d2.engine.wandb import WandbWriter
 from balanced_d2.evaluation.evaluators import build_evaluator, check_evaluator
 from balanced_d2.modeling.checks import check_balanced
@@ -196,7 +196,9 @@ class BalancedTrainer(DefaultTrainer):
             cls.build_evaluator(cfg, name, results_folder(cfg, "inference_TTA", name))
             for name in cfg.DATASETS.TEST
         ]
-        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        # It calls parts of the model, and not the forward that has mixed precision.
+        with mixed_precision(cfg.MODEL.DEVICE, cfg.TEST.AMP.ENABLED):
+            results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
 
     def build_writers(self):

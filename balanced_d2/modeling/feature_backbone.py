@@ -35,8 +35,8 @@ class FeatureBackbone(Backbone):
         channels, strides: of each of its maps.
         out_features: which of them the backbone gives: "stem" has stride 2, "res2" 4, "res3" 8,
             "res4" 16 and "res5" 32.
-        freeze_at: what is frozen, by stride as in ResNets: 0 nothing, 1 all that computes the map of
-            stride 2, 2 all that computes that of stride 4, and so on.
+        freeze_at: what is frozen, by stride as in ResNets: 0 nothing, 1 what the map of stride 2 is
+            computed by, 2 what that of stride 4 is, and so on.
         freeze_norm: freezes the batch norm in a module, and returns it.
         norm: of the stages that are trained: "FrozenBN" (statistics and factors of the weights), or
             "BN".

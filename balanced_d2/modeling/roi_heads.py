@@ -97,6 +97,8 @@ class CandidateLossesMixin(_Mixin):
                 [image.proposal_boxes for image in candidates],
             )
             losses = predictor.proposal_losses(predictor(box_head(pooled)), candidates)
+        # Older versions of PyTorch would train with the weights cast here, without a gradient.
+        torch.clear_autocast_cache()
         return list(losses.split([len(image) for image in candidates]))
 
 
