@@ -23,7 +23,10 @@ from .formats_table import (
     ROBOFLOW,
     ROBOFLOW_LABELS,
     SIZE,
+    VIA_RECT,
+    YOLO_BOX,
     coco,
+    via,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -409,6 +412,82 @@ def test_a_split_is_not_split_again(tmp_path):
     write(tmp_path, *ROBOFLOW, **ROBOFLOW_LABELS)
     with pytest.raises(UserError, match="already has a split; leave out --split"):
         register_source("again", str(tmp_path), fraction=0.2)
+
+
+def test_a_split_does_not_depend_on_where_the_images_are(tmp_path):
+    rows = "".join(f"{i}.jpg,100,80,cat,40,20,60,60\n" for i in range(9))
+    write(tmp_path, **{"boxes/boxes.csv": CSV_HEADER + rows})
+    chosen = []
+    for folder in ("boxes/images", "elsewhere/in/a/folder"):
+        write(tmp_path, *(f"{folder}/{i}.jpg" for i in range(9)))
+        found = read(folder, tmp_path / "boxes" / "boxes.csv", tmp_path / folder, fraction=0.4)
+        chosen.append(sorted(map(os.path.basename, found["val"])))
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 4
+
+
+def test_images_without_a_label_file_are_reported(tmp_path, caplog):
+    """Once, also if they are in two splits; what is labelled as empty is not."""
+    write(tmp_path, *(f"images/{i}.jpg" for i in range(4)))
+    write(tmp_path, **{"labels/0.txt": BOX, "labels/1.txt": ""})
+    write(tmp_path, **{"data.yaml": "train: images\nval: images\nnames: [dog, cat]\n"})
+    assert len(read("background", tmp_path)["train"]) == 4
+    line = "2 image(s) have no label file, and so no object in them"
+    assert f"{line}: {tmp_path}/images/2.jpg; {tmp_path}/images/3.jpg" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "old/a.jpg"), ("old/a.jpg", "a.jpg")])
+def test_an_image_that_is_missing_does_not_become_another(tmp_path, names):
+    """In whatever order, if there is one of its file name that is also named itself."""
+    rows = "".join(f"{name},100,80,cat,1,2,30,40\n" for name in names)
+    write(tmp_path, "images/a.jpg", **{"a.csv": CSV_HEADER + rows})
+    with pytest.raises(UserError, match=r"a.csv, line 3: there is no image old/a.jpg, and .* a.jp"):
+        register_source("lost", str(tmp_path / "a.csv"), str(tmp_path / "images"))
+    both = CSV_HEADER + rows.replace("old/", "./")  # two ways to write one path
+    write(tmp_path, **{"b.csv": both})
+    found = read("two", tmp_path / "b.csv", tmp_path / "images")
+    assert {image: len(boxes) for image, boxes in found[""].items()} == {"images/a.jpg": 2}
+
+
+def test_the_image_folder_of_a_yolo_config_comes_first(tmp_path):
+    """And the names of the classes are still those beside the config."""
+    for folder in ("near", "near/old", "given"):
+        write(tmp_path / folder, "images/a.jpg", **{"labels/a.txt": BOX})
+    files = {"near/data.yaml": "train: old/images\nnames: n.txt\n", "near/n.txt": "dog\ncat\n"}
+    write(tmp_path, **files, **{"given/n.txt": "cat\ndog\n"})
+    found = read("first", tmp_path / "near" / "data.yaml", tmp_path / "given")
+    assert found == {"train": {"../given/images/a.jpg": [YOLO_BOX]}}
+
+
+@pytest.mark.parametrize("is_project", [False, True])
+def test_json_of_others_with_the_folder_of_its_images(tmp_path, is_project):
+    """It is not COCO's because of its ending; and its own name says no split."""
+    content = via("a.jpg", (VIA_RECT, {"name": "cat"}))
+    if is_project:
+        content = {"_via_settings": {}, "_via_img_metadata": content}
+    labelme = {"version": "5", "shapes": [], "imagePath": "a.jpg"}
+    write(tmp_path, "images/a.jpg", **{"train.json": content, "a.json": labelme})
+    found = read("via", tmp_path / "train.json", tmp_path / "images")
+    assert found == {"": {"images/a.jpg": [YOLO_BOX]}}
+    with pytest.raises(UserError, match=r"a.json is not COCO JSON, but LabelMe's"):
+        register_source("labelme", str(tmp_path / "a.json"), str(tmp_path / "images"))
+
+
+def test_coco_with_the_folder_of_its_images_is_not_read_before_it_is_used(tmp_path):
+    """Whatever is wrong with it."""
+    write(tmp_path, **{"a.json": '{"images": [', "b.json": "{", "images/a.jpg": ""})
+    write(tmp_path, **{"c.json": {"annotations": [], "images": []}})
+    for name in ("a.json", "b.json", "c.json", "gone.json"):
+        assert register_source(name, str(tmp_path / name), str(tmp_path / "images")) == [name]
+
+
+def test_splits_of_coco_with_the_folder_of_the_images(tmp_path):
+    write(tmp_path, "pics/train/a.jpg", "pics/images/val/b.jpg")
+    write(tmp_path, **{"boxes/train.json": coco("a.jpg"), "boxes/val.json": coco("b.jpg")})
+    found = read("apart", tmp_path / "boxes", tmp_path / "pics")
+    assert found == {
+        "train": {"../pics/train/a.jpg": [YOLO_BOX]},
+        "val": {"../pics/images/val/b.jpg": [YOLO_BOX]},
+    }
 
 
 def test_split_of_coco(tmp_path):

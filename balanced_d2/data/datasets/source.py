@@ -316,14 +316,14 @@ class ImageIndex:
             name = fold(os.path.basename(path))
             self._by_name.setdefault(name, []).append(path)
             self._by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
-        self._named: Dict[str, str] = {}
+        self._named: Dict[str, Tuple[str, bool]] = {}
 
     def find(self, name: str, near: str, where: str) -> Optional[str]:
         """The image with a name, None if there is none.
 
-        It is the file of that path, absolute, or relative to ``near`` or to the folder of the
-        images; otherwise the one that has the same name and most of the same folders, whatever its
-        suffix.
+        It is the file of that path, absolute, or relative to ``near``, to the folder around it or
+        to that of the images; otherwise the one that has the same name and most of the same
+        folders, whatever its suffix, and of several the one closest to ``near``.
 
         Args:
             name: with or without folders and a suffix, with / or \\.
@@ -331,28 +331,42 @@ class ImageIndex:
             where: the annotation, for messages.
 
         Raises:
-            UserError: if there are several, or another name has led to the same image.
+            UserError: if there are several, or another name has led to the same image, and one of
+                the two is not its path.
         """
         name = name.strip()
         if not name or "\0" in name:
             return None
-        for folder in (near, self._root):
-            for spelled in (name, name.replace("\\", "/"), unquote(name)):
+        found = self._exact(name, near)
+        is_exact = found is not None
+        if found is None:
+            parts = name.replace("\\", "/").split("/")
+            # Names that tools write as parts of an address.
+            found = self._similar(parts, near, where) or self._similar(
+                [unquote(part) for part in parts], near, where
+            )
+        if found is None:
+            return None
+        other, other_is_exact = self._named.setdefault(found, (name, is_exact))
+        if other != name and not (is_exact and other_is_exact):
+            missing, present = (other, name) if is_exact else (name, other)
+            raise UserError(
+                f"{where}: there is no image {shorten(missing)}, and {found}, which has its file "
+                f"name, has been found for {shorten(present)}: give the folder of the images as "
+                "the last argument of --register"
+            )
+        return found
+
+    def _exact(self, name: str, near: str) -> Optional[str]:
+        forms = (name, name.replace("\\", "/"), unquote(name))
+        # A name that says its folder may do so from the folder around the annotation's.
+        around = [os.path.dirname(near)] if any(map(os.path.dirname, forms)) else []
+        for folder in (near, self._root, *around):
+            for spelled in forms:
                 path = os.path.normpath(os.path.join(folder, spelled))
                 if path in self._paths or (os.path.isabs(name) and os.path.isfile(path)):
                     return path
-        parts = name.replace("\\", "/").split("/")
-        # Names that tools write as parts of an address.
-        found = self._similar(parts, near, where) or self._similar(
-            [unquote(part) for part in parts], near, where
-        )
-        if found and self._named.setdefault(found, name) != name:
-            raise UserError(
-                f"{where}: there is no image {shorten(name)}, and {found}, which has its file "
-                f"name, has been found for {shorten(self._named[found])}: give the folder of the "
-                "images as the last argument of --register"
-            )
-        return found
+        return None
 
     def _similar(self, parts: List[str], near: str, where: str) -> Optional[str]:
         *folders, last = map(fold, parts)
@@ -361,12 +375,14 @@ class ImageIndex:
         if len(found) <= 1:
             return found[0] if found else None
 
-        def likeness(path: str) -> Tuple[int, bool]:
-            own = fold(os.path.dirname(path)).split(os.sep)
+        def likeness(path: str) -> Tuple[int, bool, int]:
+            folder = os.path.dirname(path)
+            own = fold(folder).split(os.sep)
             same = 0
             while same < min(len(own), len(folders)) and own[-1 - same] == folders[-1 - same]:
                 same += 1
-            return same, os.path.dirname(path) == near
+            shared = os.path.commonpath([os.path.abspath(folder), os.path.abspath(near)])
+            return same, folder == near, shared.count(os.sep)
 
         found = sorted(found, key=likeness, reverse=True)
         if likeness(found[0]) == likeness(found[1]):
