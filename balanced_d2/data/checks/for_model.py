@@ -380,6 +380,16 @@ def _keypoint_findings(
         )
     # Detectron2 leaves out images without keypoints, and fails if only some annotations have them.
     images = {id(record) for record, _ in with_keypoints}
+    visible = Counter(
+        id(record) for record, a in with_keypoints for value in a["keypoints"][2::3] if value > 0
+    )
+    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    if trained and usable and max(visible.values(), default=0) < least:
+        raise UserError(
+            f"data set {name!r}: no image has a visible keypoint, or as many as "
+            f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE, {least}; the third number of a "
+            "keypoint is 2 if it is visible, 1 if it is hidden, 0 if it is not labelled"
+        )
     findings = Findings()
     findings.refuse(
         "annotation(s) have no keypoints, but others in their image do",
