@@ -669,7 +669,6 @@ REFUSED = [
             ("1 nan .5 .1 .1", ["a.txt, line 2: not all are numbers: 1 nan"]),
         )
     ),
-    ("an image that is none", "", {"a.png": "", "b.JPG": "", "b.txt": BOX, "a.txt": BOX}, []),
     (
         *("half of the images in splits", ""),
         {"images/train/a.jpg": "", "images/b.jpg": "", "labels/train/a.txt": BOX}

@@ -9,7 +9,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from balanced_d2.data.checks.for_model import load
+from balanced_d2 import load_config
+from balanced_d2.data.checks.for_model import check_datasets, load
 from balanced_d2.data.datasets.register import register_source
 from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError
@@ -100,11 +101,8 @@ def test_what_is_read(tmp_path, layout):
 
 @pytest.mark.parametrize("case", REFUSED, ids=[case[0] for case in REFUSED])
 def test_what_is_refused(tmp_path, case):
-    what, path, files, parts = case
+    _, path, files, parts = case
     write(tmp_path, **files)
-    if what == "an image that is none":
-        (tmp_path / "a.png").write_text("no image")
-        parts = ["1 of 2 image(s) cannot be read", "a.png is not an image"]
     with pytest.raises(UserError) as error:
         register_source("refused", str(tmp_path / path))
     assert str(error.value).startswith("--register refused: ") and "\n" not in str(error.value)
@@ -335,8 +333,41 @@ def test_links_and_pipes(tmp_path):
     os.mkfifo(tmp_path / "set" / "boxes.csv")
     assert read("links", tmp_path / "set") == {"": {"../store/a.jpg": [("cat", 40, 20, 20, 40)]}}
     (tmp_path / "store" / "b.jpg").symlink_to("gone")
-    with pytest.raises(UserError, match=r"b\.jpg does not exist"):
-        register_source("dead", str(tmp_path / "set"))
+    assert register_source("dead", str(tmp_path / "set")) == ["dead"]
+    (why,) = MetadataCatalog.get("dead").unreadable
+    assert why.endswith("b.jpg does not exist")
+
+
+def test_images_without_a_size_that_cannot_be_read(tmp_path, run_here, caplog):
+    """Refused, or left out by DATALOADER.SKIP_BAD_IMAGES; the split is that with them."""
+    write(tmp_path, *(f"images/{i}.jpg" for i in range(9)))
+    write(tmp_path, **{f"labels/{i}.txt": BOX for i in range(9)}, **{"classes.txt": "dog\ncat"})
+    splits = {split: set(images) for split, images in read("good", tmp_path, fraction=0.4).items()}
+    (tmp_path / "images" / "4.jpg").write_text("no image")
+    (tmp_path / "images" / "5.jpg").write_bytes(b"")
+    bad = {"images/4.jpg", "images/5.jpg"}
+    found = read("bad", tmp_path, fraction=0.4)
+    assert {split: set(images) for split, images in found.items()} == {
+        split: images - bad for split, images in splits.items()
+    }
+    assert f"left out 2 image(s): {tmp_path}/images/" in caplog.text
+    for split, images in splits.items():
+        cfg = load_config("", ["DATASETS.TRAIN", f"('bad_{split}',)"])
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+        if images & bad:
+            message = rf"{len(images & bad)} image\(s\) cannot be read: "
+            with pytest.raises(UserError, match=message):
+                check_datasets(cfg)
+        cfg.DATALOADER.SKIP_BAD_IMAGES = True
+        check_datasets(cfg)
+    result = run_here("tools/check_dataset.py", "--register", "checked", tmp_path)
+    assert_user_error(result, "cannot be trained on: checked")
+    assert "2 image(s) cannot be read: " in result.stdout
+    assert f"{tmp_path}/images/5.jpg is empty; refused: add, replace or remove" in result.stdout
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 9 image\(s\) can be read: .* is empty; "):
+        register_source("none", str(tmp_path))
 
 
 def test_numbers_as_classes(tmp_path):

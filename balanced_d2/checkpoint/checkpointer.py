@@ -223,11 +223,12 @@ def read_contents(path: str) -> Contents:
     is_of_them = number is None or names is None or len(names) == number
     # Checkpoints of other projects may have something else under these names.
     config, gray_range, iteration = map(content.get, (CONFIG, GRAY_RANGE, "iteration"))
-    is_config = isinstance(config, str) and re.search("^MODEL:", config, re.MULTILINE)
+    if not isinstance(config, str) or not re.search("^MODEL:", config, re.MULTILINE):
+        config = ""
     return Contents(
         names if is_of_them else None,
         number,
-        config if is_config else "",
+        config,
         float(gray_range) if isinstance(gray_range, (int, float)) else 0.0,
         iteration if isinstance(iteration, int) else None,
     )

@@ -18,7 +18,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from balanced_d2.data.adapted import Change
 from balanced_d2.data.checks.coco_file import check_coco
-from balanced_d2.data.checks.image_files import missing_findings, missing_images, with_files
+from balanced_d2.data.checks.image_files import (
+    missing_findings,
+    missing_images,
+    unreadable_findings,
+    with_files,
+)
 from balanced_d2.data.checks.image_headers import Header, header_findings, read_headers
 from balanced_d2.data.checks.records import (
     Finding,
@@ -122,6 +127,8 @@ def check_datasets(
                 records = with_files(records, missing[name])
             else:
                 findings += missing_findings(missing[name])
+            if not cfg.DATALOADER.SKIP_BAD_IMAGES:
+                findings += unreadable_findings(name)
         present = with_files(records, missing.get(name, ()))
         headers = read_headers(present)
         if any(isinstance(header, Header) and header.is_deep for header in headers.values()):

@@ -17,7 +17,13 @@ from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.datasets.coco_files import CocoFile, may_be_coco
 from balanced_d2.data.datasets.coco_json import read_coco
 from balanced_d2.data.datasets.look import Found, look
-from balanced_d2.data.datasets.source import SPLITS, Labelled, LabelledImage, as_coco
+from balanced_d2.data.datasets.source import (
+    SPLITS,
+    Labelled,
+    LabelledImage,
+    as_coco,
+    without_unreadable,
+)
 from balanced_d2.data.datasets.split import split_content
 from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of
@@ -123,6 +129,12 @@ def _register_found(
         (content,) = contents.values()
         contents, more = split_content(content, fraction)
         notes += more
+    unreadable: Dict[str, List[str]] = {}
+    for split, content in contents.items():
+        contents[split], unreadable[split] = without_unreadable(content)
+    all_unreadable = [why for of_split in unreadable.values() for why in of_split]
+    if all_unreadable:
+        notes += (f"left out {len(all_unreadable)} image(s): {first_of(all_unreadable)}",)
     if isinstance(found, Labelled) or fraction is not None:
         files = {split: CocoFile("", root, len(c["images"])) for split, c in contents.items()}
     else:
@@ -140,7 +152,7 @@ def _register_found(
         json_file = files[split].json_file
         if split in contents:
             json_file = _write_json(full_name, contents[split])
-            metadata["origin"] = path
+            metadata.update(origin=path, unreadable=unreadable[split])
         log = functools.partial(_log, line, notes)
         register_coco(full_name, json_file, files[split].image_root, prepare=log, **metadata)
     return list(names.values())

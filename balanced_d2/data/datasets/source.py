@@ -24,6 +24,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """The names that people give to splits, and the names they get here."""
+UNREADABLE = "unreadable"
+"""Key of why an image has no size."""
 LARGEST_FRACTION = 2
 """A coordinate farther outside than this is no fraction of an image, but a number of pixels."""
 
@@ -80,11 +82,12 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
     """The content of a COCO annotation file for each split.
 
     Sizes are read from the headers of the images, no pixels are. The names of the images are
-    relative to ``image_root``. Categories are numbered from 1.
+    relative to ``image_root``. Categories are numbered from 1. An image that cannot be read, and
+    whose size the source does not say, has ``UNREADABLE`` instead: :func:`without_unreadable`.
 
     Raises:
         UserError: if there are no objects, their corners are none, or the size of an image is not
-            known or not the one that the source says.
+            the one that the source says.
     """
     _check_objects(labelled)
     numbers = {label: number for number, label in enumerate(labelled.classes, start=1)}
@@ -98,13 +101,16 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
     for split, images in labelled.splits.items():
         sizes = read_sizes(images)
         content: Dict[str, List[Dict]] = {"images": [], "annotations": [], "categories": categories}
-        for image, (width, height) in zip(images, sizes):
+        for image, size in zip(images, sizes):
             image_id = len(content["images"]) + 1
-            file_name = os.path.relpath(image.path, image_root)
-            content["images"].append(
-                {"id": image_id, "file_name": file_name, "width": width, "height": height}
-            )
-            scale = (width, height) if labelled.in_fractions else (1, 1)
+            entry = {"id": image_id, "file_name": os.path.relpath(image.path, image_root)}
+            scale = (1, 1)
+            if isinstance(size, str):
+                entry[UNREADABLE] = size
+            else:
+                entry.update(width=size[0], height=size[1])
+                scale = size if labelled.in_fractions else scale
+            content["images"].append(entry)
             for item in image.objects:
                 annotation = {
                     "id": len(content["annotations"]) + 1,
@@ -116,6 +122,21 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
                 content["annotations"].append(annotation)
         contents[split] = content
     return contents
+
+
+def without_unreadable(content: Dict) -> Tuple[Dict, List[str]]:
+    """The content of a split of :func:`as_coco` without the images that cannot be read, and for
+    each of these why.
+
+    Raises:
+        UserError: if none can be read.
+    """
+    why = {i["id"]: i[UNREADABLE] for i in content["images"] if UNREADABLE in i}
+    if len(why) == len(content["images"]):
+        raise UserError(f"none of the {len(why)} image(s) can be read: {first_of([*why.values()])}")
+    images = [image for image in content["images"] if image["id"] not in why]
+    annotations = [a for a in content["annotations"] if a["image_id"] not in why]
+    return {**content, "images": images, "annotations": annotations}, list(why.values())
 
 
 def _check_objects(labelled: Labelled) -> None:
@@ -146,31 +167,26 @@ def _shape(item: LabelledObject, scale: Tuple[int, int]) -> Dict:
     return shape
 
 
-def read_sizes(images: List[LabelledImage]) -> List[Tuple[int, int]]:
+def read_sizes(images: List[LabelledImage]) -> List[Tuple[int, int] | str]:
     """Width and height of each image, as it is shown: rotated as its EXIF data says.
 
-    An image that cannot be read has the size that the source says: it is reported where it is
-    used.
+    An image that cannot be read has the size that the source says, since it is reported where it
+    is used, or else the reason instead.
 
     Raises:
-        UserError: if the source says no size or another one.
+        UserError: if the source says another size.
     """
-    sizes, unknown, different = [], [], []
+    sizes: List[Tuple[int, int] | str] = []
+    different = []
     for image in WithBar(images, desc="reading sizes", unit="image"):
         try:
             size = image_size(image.path)
         except UserError as error:
-            size = image.size or (0, 0)
-            if not image.size:
-                unknown.append(str(error))
+            sizes.append(image.size or str(error))
+            continue
         if image.size and size != image.size:
             different.append("{} is {} x {}, not {} x {}".format(image.path, *size, *image.size))
         sizes.append(size)
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} of {len(images)} image(s) cannot be read; add, replace or remove "
-            f"them: {first_of(unknown)}"
-        )
     if different:
         raise UserError(
             f"{len(different)} of {len(images)} image(s) do not have the size for which they were "
