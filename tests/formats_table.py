@@ -572,6 +572,19 @@ READ = [
         {"": {"images/a b.jpg": [YOLO_BOX]}},
     ),
     (
+        *("VOC, images of one name in splits", "", ["train/images/a.jpg", "val/images/a.jpg"], {}),
+        {"train/annotations/a.xml": VOC, "val/annotations/a.xml": VOC},
+        {"train": {"train/images/a.jpg": [YOLO_BOX]}, "val": {"val/images/a.jpg": [YOLO_BOX]}},
+    ),
+    (
+        *("CSV, images of one name in splits", "", ["train/images/a.jpg", "val/images/a.jpg"], {}),
+        {
+            f"{split}/boxes.csv": CSV_HEADER + "a.jpg,100,80,cat,40,20,60,60\n"
+            for split in ("train", "val")
+        },
+        {"train": {"train/images/a.jpg": [YOLO_BOX]}, "val": {"val/images/a.jpg": [YOLO_BOX]}},
+    ),
+    (
         *("COCO, a file with a byte order mark", "labels.json", ["a.jpg"], {}),
         {"labels.json": b"\xef\xbb\xbf" + json.dumps(coco("a.jpg")).encode()},
         {"": A},
@@ -656,7 +669,6 @@ REFUSED = [
             ("1 nan .5 .1 .1", ["a.txt, line 2: not all are numbers: 1 nan"]),
         )
     ),
-    ("an image that is none", "", {"a.png": "", "b.JPG": "", "b.txt": BOX, "a.txt": BOX}, []),
     (
         *("half of the images in splits", ""),
         {"images/train/a.jpg": "", "images/b.jpg": "", "labels/train/a.txt": BOX}

@@ -6,14 +6,23 @@ import logging
 import math
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from balanced_d2 import load_config
-from balanced_d2.config.checks import check_config, drop_late_steps
+from balanced_d2.config.checks import (
+    CHOICES_IN_TRAINING,
+    UNREGISTERED,
+    check_config,
+    drop_late_steps,
+)
+from balanced_d2.config.lazy import read_config
 from balanced_d2.data import check_datasets, register_coco
 from balanced_d2.data.checks.records import clean
+from balanced_d2.data.mapper import ImageMapper
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
@@ -249,6 +258,13 @@ FILES = {
         with_fields({0: TWO_POINTS, 1: TWO_POINTS}),
         KEYPOINTS,
         ["its keypoints have no names"],
+    ),
+    "keypoints that nobody sees": (
+        with_keypoint_names(
+            lambda content: [a.update(keypoints=[1, 2, 0] * 2) for a in content["annotations"]]
+        ),
+        [*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"],
+        ["no image has a visible keypoint", "MIN_KEYPOINTS_PER_IMAGE, 1"],
     ),
     "one without keypoints": (
         with_keypoint_names(with_fields({0: TWO_POINTS})),
@@ -524,6 +540,7 @@ def test_balances_of_classes_that_support_them(opts, caplog):
         ("INPUT.MIN_SIZE_TRAIN", "(64, -1)", r"INPUT.MIN_SIZE_TRAIN is \(64, -1\)"),
         ("INPUT.MIN_SIZE_TEST", "-4", "INPUT.MIN_SIZE_TEST is -4"),
         ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "0", "MODEL.RPN.BATCH_SIZE_PER_IMAGE is 0"),
+        ("SOLVER.BASE_LR", "-0.1", "SOLVER.BASE_LR is -0.1; it has to be at least 0"),
     ],
 )
 def test_numbers_that_cannot_be(key, value, message):
@@ -532,6 +549,70 @@ def test_numbers_that_cannot_be(key, value, message):
         check_config(cfg, train=True)
     if key.startswith(("SOLVER", "MODEL")):
         check_config(cfg, train=False)  # which does not use them
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("INPUT.FORMAT", "BRG", "INPUT.FORMAT is 'BRG'; choose one of: BGR,"),
+        ("INPUT.MASK_FORMAT", "bitmaks", "one of: polygon, bitmask"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "rang", "one of: choice, range"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "needs the least and the largest size"),
+        ("INPUT.RANDOM_FLIP", "both", "one of: horizontal, vertical, none"),
+        ("MODEL.ANCHOR_GENERATOR.NAME", "Anchors", "MODEL.ANCHOR_GENERATOR.NAME: there is no"),
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "RPM", "there is no 'RPM'; did you mean RPN?"),
+        ("MODEL.RPN.HEAD_NAME", "StdRPNHead", "did you mean StandardRPNHead?"),
+        ("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFC", "did you mean FastRCNNConvFCHead?"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model", "one of: value, norm"),
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosine", "one of: WarmupMultiStepLR, WarmupCosineLR"),
+        ("SOLVER.OPTIMIZER", "Adam", "SOLVER.OPTIMIZER is 'Adam'; choose one of: SGD, AdamW"),
+        ("SOLVER.WARMUP_METHOD", "lin", "one of: constant, linear"),
+    ],
+)
+def test_names_that_there_are_not(key, value, message):
+    with pytest.raises(UserError) as error:
+        check_config(load_config(str(ROOT / TINY_CONFIG), [key, value]), train=True)
+    for part in (key, repr(value), message):
+        assert part in str(error.value)
+
+
+def test_every_choice_is_one_of_detectron2s():
+    """What the checks let through can be built, whatever the version."""
+    options = ["SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
+    options += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
+    model = torch.nn.Linear(1, 1)
+    for key, values in CHOICES_IN_TRAINING.items():
+        for value in values:
+            cfg = load_config("", [*options, key, value])
+            check_config(cfg, train=True)
+            build_lr_scheduler(cfg, build_optimizer(cfg, model))
+            ImageMapper(cfg, is_train=True)
+    for key in UNREGISTERED:
+        check_config(load_config("", [key, UNREGISTERED[key]]), train=True)
+
+
+@pytest.mark.parametrize(
+    "size, processes, message",
+    [
+        (4, 8, r"\(SOLVER.IMS_PER_BATCH\) is 4; it has to be a multiple of .* processes, 8"),
+        (6, 4, r"is 6; it has to be a multiple of the number of processes, 4"),
+        (0, 1, r"is 0; it has to be a multiple of the number of processes, 1"),
+        (4, 2, r"ACCUMULATE is 3, but each process has only 2 of the SOLVER.IMS_PER_BATCH 4"),
+    ],
+)
+def test_batches_that_cannot_be_divided(size, processes, message, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: processes)
+    options = ["SOLVER.IMS_PER_BATCH", str(size), "SOLVER.ACCUMULATE", "3" if size == 4 else "1"]
+    with pytest.raises(UserError, match=message):
+        check_config(load_config("", options), train=True)
+    # Detectron2 scales this batch to 12 images for each process.
+    scaled = ["SOLVER.IMS_PER_BATCH", "12", "SOLVER.REFERENCE_WORLD_SIZE", "1"]
+    check_config(load_config("", scaled), train=True)
+    lazy = read_config(str(ROOT / "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.py"))
+    lazy.lazy.dataloader.train.total_batch_size = size
+    lazy.SOLVER.ACCUMULATE = 3 if size == 4 else 1
+    with pytest.raises(UserError, match="dataloader.train.total_batch_size"):
+        check_config(lazy, train=True)
 
 
 def test_start_of_training_reports_everything_at_once(tmp_path, train_net_here):

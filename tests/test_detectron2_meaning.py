@@ -193,6 +193,9 @@ def test_random_subset():
     options = ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler")
     cfg = load_config("", [*options, "DATALOADER.RANDOM_SUBSET_RATIO", "0.5"])
     assert (shares(cfg, records(CATEGORIES), 4000) > 0).sum() == 4
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.12
+    with pytest.raises(UserError, match="RATIO is 0.12, which is less than one of the 8 training"):
+        shares(cfg, records(CATEGORIES))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import tempfile
 
 import pytest
 
-from balanced_d2.engine.dry_run import Forecast, num_evaluations
+from balanced_d2.config.lazy import read_config
+from balanced_d2.engine.dry_run import Forecast, num_evaluations, set_apart
 
-from .conftest import TINY_MODEL, assert_user_error, needs_localhost
+from .conftest import ROOT, TINY_MODEL, assert_user_error, needs_localhost
 from .test_reliability import ONE_THREAD, TORCHRUN, arguments, finish
 
 LAZY = "configs/COCO-Detection/balanced_retinanet_R_50_FPN_1x.py"
@@ -62,6 +63,17 @@ def test_what_a_training_refuses(tiny_coco, tmp_path, train_net_here):
     for other in ("--resume", "--eval-only"):
         assert_user_error(train_net_here(other, *options(tiny_coco, output)), f"leave {other} out")
     assert not output.exists()
+
+
+@pytest.mark.parametrize("evaluator", ["", "+dataloader.evaluator.output_dir=mine"])
+def test_a_lazy_config_is_set_apart(temporary, evaluator):
+    """Also where its evaluator writes."""
+    options = ["train.output_dir=mine", *filter(None, [evaluator])]
+    cfg = read_config(str(ROOT / LAZY), options)
+    set_apart(cfg)
+    (folder,) = map(str, temporary.iterdir())
+    assert {cfg.OUTPUT_DIR, cfg.lazy.train.output_dir} == {folder}
+    assert "mine" not in str(cfg.lazy)
 
 
 @pytest.mark.slow

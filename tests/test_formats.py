@@ -9,7 +9,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from balanced_d2.data.checks.for_model import load
+from balanced_d2 import load_config
+from balanced_d2.data.checks.for_model import check_datasets, load
 from balanced_d2.data.datasets.register import register_source
 from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError
@@ -23,7 +24,10 @@ from .formats_table import (
     ROBOFLOW,
     ROBOFLOW_LABELS,
     SIZE,
+    VIA_RECT,
+    YOLO_BOX,
     coco,
+    via,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -97,11 +101,8 @@ def test_what_is_read(tmp_path, layout):
 
 @pytest.mark.parametrize("case", REFUSED, ids=[case[0] for case in REFUSED])
 def test_what_is_refused(tmp_path, case):
-    what, path, files, parts = case
+    _, path, files, parts = case
     write(tmp_path, **files)
-    if what == "an image that is none":
-        (tmp_path / "a.png").write_text("no image")
-        parts = ["1 of 2 image(s) cannot be read", "a.png is not an image"]
     with pytest.raises(UserError) as error:
         register_source("refused", str(tmp_path / path))
     assert str(error.value).startswith("--register refused: ") and "\n" not in str(error.value)
@@ -332,8 +333,41 @@ def test_links_and_pipes(tmp_path):
     os.mkfifo(tmp_path / "set" / "boxes.csv")
     assert read("links", tmp_path / "set") == {"": {"../store/a.jpg": [("cat", 40, 20, 20, 40)]}}
     (tmp_path / "store" / "b.jpg").symlink_to("gone")
-    with pytest.raises(UserError, match=r"b\.jpg does not exist"):
-        register_source("dead", str(tmp_path / "set"))
+    assert register_source("dead", str(tmp_path / "set")) == ["dead"]
+    (why,) = MetadataCatalog.get("dead").unreadable
+    assert why.endswith("b.jpg does not exist")
+
+
+def test_images_without_a_size_that_cannot_be_read(tmp_path, run_here, caplog):
+    """Refused, or left out by DATALOADER.SKIP_BAD_IMAGES; the split is that with them."""
+    write(tmp_path, *(f"images/{i}.jpg" for i in range(9)))
+    write(tmp_path, **{f"labels/{i}.txt": BOX for i in range(9)}, **{"classes.txt": "dog\ncat"})
+    splits = {split: set(images) for split, images in read("good", tmp_path, fraction=0.4).items()}
+    (tmp_path / "images" / "4.jpg").write_text("no image")
+    (tmp_path / "images" / "5.jpg").write_bytes(b"")
+    bad = {"images/4.jpg", "images/5.jpg"}
+    found = read("bad", tmp_path, fraction=0.4)
+    assert {split: set(images) for split, images in found.items()} == {
+        split: images - bad for split, images in splits.items()
+    }
+    assert f"left out 2 image(s): {tmp_path}/images/" in caplog.text
+    for split, images in splits.items():
+        cfg = load_config("", ["DATASETS.TRAIN", f"('bad_{split}',)"])
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+        if images & bad:
+            message = rf"{len(images & bad)} image\(s\) cannot be read: "
+            with pytest.raises(UserError, match=message):
+                check_datasets(cfg)
+        cfg.DATALOADER.SKIP_BAD_IMAGES = True
+        check_datasets(cfg)
+    result = run_here("tools/check_dataset.py", "--register", "checked", tmp_path)
+    assert_user_error(result, "cannot be trained on: checked")
+    assert "2 image(s) cannot be read: " in result.stdout
+    assert f"{tmp_path}/images/5.jpg is empty; refused: add, replace or remove" in result.stdout
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 9 image\(s\) can be read: .* is empty; "):
+        register_source("none", str(tmp_path))
 
 
 def test_numbers_as_classes(tmp_path):
@@ -409,6 +443,82 @@ def test_a_split_is_not_split_again(tmp_path):
     write(tmp_path, *ROBOFLOW, **ROBOFLOW_LABELS)
     with pytest.raises(UserError, match="already has a split; leave out --split"):
         register_source("again", str(tmp_path), fraction=0.2)
+
+
+def test_a_split_does_not_depend_on_where_the_images_are(tmp_path):
+    rows = "".join(f"{i}.jpg,100,80,cat,40,20,60,60\n" for i in range(9))
+    write(tmp_path, **{"boxes/boxes.csv": CSV_HEADER + rows})
+    chosen = []
+    for folder in ("boxes/images", "elsewhere/in/a/folder"):
+        write(tmp_path, *(f"{folder}/{i}.jpg" for i in range(9)))
+        found = read(folder, tmp_path / "boxes" / "boxes.csv", tmp_path / folder, fraction=0.4)
+        chosen.append(sorted(map(os.path.basename, found["val"])))
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 4
+
+
+def test_images_without_a_label_file_are_reported(tmp_path, caplog):
+    """Once, also if they are in two splits; what is labelled as empty is not."""
+    write(tmp_path, *(f"images/{i}.jpg" for i in range(4)))
+    write(tmp_path, **{"labels/0.txt": BOX, "labels/1.txt": ""})
+    write(tmp_path, **{"data.yaml": "train: images\nval: images\nnames: [dog, cat]\n"})
+    assert len(read("background", tmp_path)["train"]) == 4
+    line = "2 image(s) have no label file, and so no object in them"
+    assert f"{line}: {tmp_path}/images/2.jpg; {tmp_path}/images/3.jpg" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "old/a.jpg"), ("old/a.jpg", "a.jpg")])
+def test_an_image_that_is_missing_does_not_become_another(tmp_path, names):
+    """In whatever order, if there is one of its file name that is also named itself."""
+    rows = "".join(f"{name},100,80,cat,1,2,30,40\n" for name in names)
+    write(tmp_path, "images/a.jpg", **{"a.csv": CSV_HEADER + rows})
+    with pytest.raises(UserError, match=r"a.csv, line 3: there is no image old/a.jpg, and .* a.jp"):
+        register_source("lost", str(tmp_path / "a.csv"), str(tmp_path / "images"))
+    both = CSV_HEADER + rows.replace("old/", "./")  # two ways to write one path
+    write(tmp_path, **{"b.csv": both})
+    found = read("two", tmp_path / "b.csv", tmp_path / "images")
+    assert {image: len(boxes) for image, boxes in found[""].items()} == {"images/a.jpg": 2}
+
+
+def test_the_image_folder_of_a_yolo_config_comes_first(tmp_path):
+    """And the names of the classes are still those beside the config."""
+    for folder in ("near", "near/old", "given"):
+        write(tmp_path / folder, "images/a.jpg", **{"labels/a.txt": BOX})
+    files = {"near/data.yaml": "train: old/images\nnames: n.txt\n", "near/n.txt": "dog\ncat\n"}
+    write(tmp_path, **files, **{"given/n.txt": "cat\ndog\n"})
+    found = read("first", tmp_path / "near" / "data.yaml", tmp_path / "given")
+    assert found == {"train": {"../given/images/a.jpg": [YOLO_BOX]}}
+
+
+@pytest.mark.parametrize("is_project", [False, True])
+def test_json_of_others_with_the_folder_of_its_images(tmp_path, is_project):
+    """It is not COCO's because of its ending; and its own name says no split."""
+    content = via("a.jpg", (VIA_RECT, {"name": "cat"}))
+    if is_project:
+        content = {"_via_settings": {}, "_via_img_metadata": content}
+    labelme = {"version": "5", "shapes": [], "imagePath": "a.jpg"}
+    write(tmp_path, "images/a.jpg", **{"train.json": content, "a.json": labelme})
+    found = read("via", tmp_path / "train.json", tmp_path / "images")
+    assert found == {"": {"images/a.jpg": [YOLO_BOX]}}
+    with pytest.raises(UserError, match=r"a.json is not COCO JSON, but LabelMe's"):
+        register_source("labelme", str(tmp_path / "a.json"), str(tmp_path / "images"))
+
+
+def test_coco_with_the_folder_of_its_images_is_not_read_before_it_is_used(tmp_path):
+    """Whatever is wrong with it."""
+    write(tmp_path, **{"a.json": '{"images": [', "b.json": "{", "images/a.jpg": ""})
+    write(tmp_path, **{"c.json": {"annotations": [], "images": []}})
+    for name in ("a.json", "b.json", "c.json", "gone.json"):
+        assert register_source(name, str(tmp_path / name), str(tmp_path / "images")) == [name]
+
+
+def test_splits_of_coco_with_the_folder_of_the_images(tmp_path):
+    write(tmp_path, "pics/train/a.jpg", "pics/images/val/b.jpg")
+    write(tmp_path, **{"boxes/train.json": coco("a.jpg"), "boxes/val.json": coco("b.jpg")})
+    found = read("apart", tmp_path / "boxes", tmp_path / "pics")
+    assert found == {
+        "train": {"../pics/train/a.jpg": [YOLO_BOX]},
+        "val": {"../pics/images/val/b.jpg": [YOLO_BOX]},
+    }
 
 
 def test_split_of_coco(tmp_path):

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from balanced_d2 import load_config
-from balanced_d2.engine.optimizer import build_optimizer
+from balanced_d2.engine.optimizer import build_optimizer, settings_kept
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_user_error
 from .test_backbones import ON_TIMM
@@ -63,6 +63,50 @@ def test_adamw_equals_the_formula_of_its_paper():
         value = trained[name].detach().double().flatten()
         assert torch.allclose(value, torch.tensor(values).double(), atol=1e-6), name
     assert model.frozen.grad is None and torch.equal(model.frozen, torch.zeros(3))
+
+
+CLIPPED = ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm")
+NOT_CLIPPED = ("SOLVER.CLIP_GRADIENTS.ENABLED", "False")
+MIXED = ("SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cuda")
+
+
+def test_scaled_gradients_are_clipped_as_others():
+    """GradScaler multiplies them by 65,536, which a clip before the unscaling would undo."""
+    weights = []
+    for scaled in (True, False):
+        cfg = tiny_config("SOLVER.OPTIMIZER", "AdamW", *CLIPPED, *(MIXED if scaled else ()))
+        torch.manual_seed(0)
+        model = nn.Linear(200, 50, bias=False)
+        optimizer = build_optimizer(cfg, model)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        inputs = torch.randn(8, 200)
+        for _ in range(5):
+            optimizer.zero_grad()
+            scaler.scale(model(inputs).square().mean() / 100).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(model.weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [CLIPPED, (*MIXED, *NOT_CLIPPED), (*MIXED, *CLIPPED)])
+def test_the_implementation_may_change_in_a_resumed_training(options):
+    """The state of one that is not fused counts its steps on the CPU, others with parameters."""
+    model = nn.Linear(2, 1, device="meta")
+    optimizer = build_optimizer(tiny_config("SOLVER.OPTIMIZER", "AdamW", *options), model)
+    state = torch.optim.AdamW(nn.Linear(2, 1).parameters(), fused=False).state_dict()
+    moment = torch.zeros(1)
+    state["state"] = {i: {"step": torch.tensor(3.0), "exp_avg": moment} for i in range(2)}
+    state["param_groups"] = [
+        {**state["param_groups"][0], "params": group["params"]}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+    with settings_kept(optimizer, None):
+        optimizer.load_state_dict(state)
+    is_fused = options != (*MIXED, *CLIPPED)
+    for parameter in model.parameters():
+        assert optimizer.state[parameter]["step"].device.type == ("meta" if is_fused else "cpu")
+    assert {group["fused"] for group in optimizer.param_groups} == {is_fused}
 
 
 def test_sgd_alone_is_detectron2s():

@@ -393,6 +393,19 @@ def test_bad_images(num_workers, caplog):
         take(loader(skip_bad_images=True, max_bad_images=1), 4)
 
 
+@pytest.mark.parametrize(
+    "mapper, message",
+    [
+        (lambda record: Path(record["file_name"]).read_bytes(), r"such as \d.jpg: .*No such file"),
+        (lambda record: None, "the mapper rejects every one"),
+    ],
+)
+def test_images_that_are_all_bad(mapper, message):
+    loader = TrainLoader(records(), mapper=mapper, total_batch_size=2, seed=1, skip_bad_images=True)
+    with pytest.raises(StopTraining, match=f"none of the 10 images can be trained on: {message}"):
+        take(loader, 1)
+
+
 @pytest.mark.slow
 def test_a_bad_image_in_training(tmp_path, train_net_here):
     json_file = write_coco(tmp_path / "data")

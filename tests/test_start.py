@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from balanced_d2.data.checks.image_files import missing_images
 from balanced_d2.data.classes import join_classes, model_metadata
 from balanced_d2.engine import argument_parser
 from balanced_d2.engine.optimizer import settings_kept
+from balanced_d2.engine.output_folder import move_aside
 from balanced_d2.export import describe
 from balanced_d2.utils.errors import UserError
 
@@ -272,6 +274,12 @@ def test_what_weights_say_of_their_classes(tmp_path):
     tensors = {name: torch.from_numpy(rows) for name, rows in rows.items()}
     torch.save({"model": tensors, "class_names": ["a"]}, tmp_path / "x.pth")
     assert read_contents(str(tmp_path / "x.pth")) == Contents(None, 80)  # names of something else
+    for config in ({"lr": 1}, "some.yaml", "lr: 1\n"):  # of other projects
+        torch.save({"model": tensors, "config": config, "iteration": "7"}, tmp_path / "x.pth")
+        assert read_contents(str(tmp_path / "x.pth")) == Contents(None, 80)
+    config = load_config(TINY_CONFIG).dump()
+    torch.save({"model": tensors, "config": config, "iteration": 7}, tmp_path / "x.pth")
+    assert read_contents(str(tmp_path / "x.pth")) == Contents(None, 80, config, iteration=7)
     (tmp_path / "x.pth").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="cannot load the checkpoint .*x.pth"):
         read_contents(str(tmp_path / "x.pth"))
@@ -349,6 +357,22 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_training_that_is_moved_aside(tmp_path, is_link):
+    """What a link leads to is moved, and the link leads to the new training."""
+    output = tmp_path / "output"
+    place = tmp_path / "large_disk" / "place" if is_link else output
+    place.mkdir(parents=True)
+    if is_link:
+        output.symlink_to(place)
+    BalancedCheckpointer(nn.Linear(1, 1), str(output)).save("model_final", iteration=1)
+    before = contents(place)
+    move_aside(str(output))
+    (aside,) = (path for path in place.parent.glob("*_20*") if path != output)
+    assert contents(aside) == before and output.is_symlink() == is_link
+    assert output.is_dir() and not list(place.iterdir())
+
+
 @pytest.mark.slow
 def test_a_used_output_folder(tiny_coco, tmp_path, train_net_here):
     output = tmp_path / "output"
@@ -410,6 +434,18 @@ def test_which_settings_may_change():
     }
     assert changes(old.dump(), old) == ({}, {})
     assert changes("SOLVER: {BASE_LR: 7}", old).applied == {"SOLVER.BASE_LR": (7, 0.03)}
+
+
+def test_a_resumed_training_that_is_beyond_its_end(trained, tiny_coco, tmp_path, train_net_here):
+    """Refused before the scheduler is asked for a rate after its end."""
+    shutil.copytree(trained, tmp_path / "output")
+    run = command(tiny_coco, tiny_coco, tmp_path / "output", "DATASETS.TEST", "()")
+    written = (tmp_path / "output" / "config.yaml").read_text()
+    result = train_net_here("--resume", *run, "SOLVER.MAX_ITER", "1")
+    assert_user_error(result, "MAX_ITER (train.max_iter) is 1", "has made 2 iterations")
+    assert (tmp_path / "output" / "config.yaml").read_text() == written
+    result = train_net_here("--resume", *run, "SOLVER.MAX_ITER", "2")  # which it has reached
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow

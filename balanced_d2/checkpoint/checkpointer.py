@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import pickle
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,6 +193,8 @@ class Contents(NamedTuple):
     """``cfg.dump()`` of the training; "" in checkpoints of others and of older versions."""
     gray_range: float = 0.0
     """``INPUT.GRAY_RANGE`` of the training; 0 if it had none."""
+    iteration: Optional[int] = None
+    """After which it was saved, from 0."""
 
 
 def read_contents(path: str) -> Contents:
@@ -218,11 +221,16 @@ def read_contents(path: str) -> Contents:
     except READ_ERRORS as error:
         raise UserError(f"cannot load the checkpoint {path}: {_reason(error)}") from error
     is_of_them = number is None or names is None or len(names) == number
+    # Checkpoints of other projects may have something else under these names.
+    config, gray_range, iteration = map(content.get, (CONFIG, GRAY_RANGE, "iteration"))
+    if not isinstance(config, str) or not re.search("^MODEL:", config, re.MULTILINE):
+        config = ""
     return Contents(
         names if is_of_them else None,
         number,
-        content.get(CONFIG, ""),
-        float(content.get(GRAY_RANGE, 0)),
+        config,
+        float(gray_range) if isinstance(gray_range, (int, float)) else 0.0,
+        iteration if isinstance(iteration, int) else None,
     )
 
 

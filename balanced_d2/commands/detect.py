@@ -322,6 +322,7 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="instead of --config-file: the folder of a training, or an exported file",
+        help="instead of --config-file: the folder of a training, a checkpoint in it, a YAML "
+        "config or its name in the model zoo, or an exported file",
     )
     add_model_arguments(parser, required=False)

@@ -1,7 +1,7 @@
 """Train and evaluate a detector with balanced learning.
 
 Takes Detectron2's usual arguments, with a YAML config or a LazyConfig, and --register for datasets
-in COCO format.
+in the formats COCO JSON, YOLO, Pascal VOC XML, CSV and VIA.
 """
 
 import argparse

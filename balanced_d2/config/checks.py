@@ -4,30 +4,69 @@ import difflib
 import logging
 import os
 from functools import reduce
-from typing import Iterator, Mapping, Tuple
+from typing import Any, Collection, Iterator, Mapping, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
     GeneralizedRCNN,
     RetinaNet,
 )
+from detectron2.solver.build import GradientClipType
 from detectron2.utils import comm
+from PIL import Image
 
 from balanced_d2.layers.box_losses import BOX_REG_LOSSES, DETECTRON2_LOSSES
 from balanced_d2.layers.class_losses import CLS_LOSSES, CROSS_ENTROPY, WITHOUT_WEIGHTS
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
 from balanced_d2.modeling.balanced_sampling import check_together
-from balanced_d2.utils.compat import has_sigmoid_scores
+from balanced_d2.utils.compat import LR_SCHEDULERS, has_sigmoid_scores
 from balanced_d2.utils.errors import UserError, check_choice, check_package
 
 logger = logging.getLogger(__name__)
 
-# Of SOLVER.OPTIMIZER.
-OPTIMIZERS = ("SGD", "AdamW")
+# Of keys that name a class, other than the parts of a model that it may not have.
+REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+}
+# Names that Detectron2 takes without a registry: no box head of its own, proposals from files.
+UNREGISTERED = {
+    "MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals",
+    "MODEL.ROI_BOX_HEAD.NAME": "",
+}
+
+# The values of keys that Detectron2 compares with texts, late or not at all.
+CHOICES = {
+    "INPUT.FORMAT": ("BGR", "YUV-BT.601", *Image.MODES),
+}
+CHOICES_IN_TRAINING = {
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": tuple(kind.value for kind in GradientClipType),
+    "SOLVER.LR_SCHEDULER_NAME": LR_SCHEDULERS,
+    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
+    "SOLVER.WARMUP_METHOD": ("constant", "linear"),
+}
 
 # The least values of keys whose errors would come late, from other libraries, or not at all.
 LEAST = {
@@ -40,6 +79,7 @@ LEAST_IN_TRAINING = {
     "INPUT.MIN_SIZE_TRAIN": 0,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 1,
+    "SOLVER.BASE_LR": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.MOMENTUM": 0,
@@ -61,6 +101,7 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     """
     check_names(cfg)
     _check_numbers(cfg, LEAST | LEAST_IN_TRAINING if train else LEAST)
+    _check_choices(cfg, CHOICES | CHOICES_IN_TRAINING if train else CHOICES)
     model = cfg.MODEL
     NEGATIVE_SAMPLERS.check(model.ROI_HEADS.NEGATIVE_SAMPLER)
     POSITIVE_SAMPLERS.check(model.ROI_HEADS.POSITIVE_SAMPLER)
@@ -76,14 +117,10 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     if train:
         if idle and not resume:
             raise UserError(idle)
+        _check_sizes(cfg)
         check_crop(cfg)
         _check_samplers(cfg)
-        if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-            raise UserError(
-                f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose one of: "
-                f"{', '.join(OPTIMIZERS)}"
-            )
-        _check_accumulation(cfg)
+        _check_batch(cfg)
         _check_averaging(cfg)
         _check_what_follows_evaluation(cfg)
         if cfg.WANDB.ENABLED:
@@ -96,22 +133,29 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
 
 def check_names(cfg: CfgNode) -> None:
     """Raise :class:`UserError` if a key names something that is not in its registry."""
-    model = cfg.MODEL
-    for key, name, registry in (
-        ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
-        ("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
-        ("ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
-    ):
-        if name not in registry:
+    for key, registry in REGISTRIES.items():
+        name = _value(cfg, key)
+        if name not in registry and name != UNREGISTERED.get(key):
             names = [known for known, _ in registry]
             close = difflib.get_close_matches(name, names, n=1) or names
-            raise UserError(f"MODEL.{key}: there is no {name!r}; did you mean {', '.join(close)}?")
+            raise UserError(f"{key}: there is no {name!r}; did you mean {', '.join(close)}?")
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    return reduce(getattr, key.split("."), cfg)
+
+
+def _check_choices(cfg: CfgNode, choices: Mapping[str, Collection[str]]) -> None:
+    """Raise :class:`UserError` if the value of a key is not one of its choices."""
+    for key, known in choices.items():
+        if _value(cfg, key) not in known:
+            raise UserError(f"{key} is {_value(cfg, key)!r}; choose one of: {', '.join(known)}")
 
 
 def _check_numbers(cfg: CfgNode, least: Mapping[str, int]) -> None:
     """Raise :class:`UserError` if a key, or one of its values, is below its least."""
     for key, low in least.items():
-        value = reduce(getattr, key.split("."), cfg)
+        value = _value(cfg, key)
         values = value if isinstance(value, (list, tuple)) else [value]
         if not values:
             raise UserError(f"{key} is empty; it needs at least one value")
@@ -255,6 +299,15 @@ def drop_late_steps(cfg: CfgNode) -> None:
         solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
 
 
+def _check_sizes(cfg: CfgNode) -> None:
+    sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    if sampling == "range" and isinstance(sizes, (list, tuple)) and len(sizes) != 2:
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN_SAMPLING {sampling!r} needs the least and the largest size, but "
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}"
+        )
+
+
 def check_crop(cfg: CfgNode) -> None:
     """Raise :class:`UserError` if the package that cropping polygons needs is not installed."""
     if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -288,15 +341,28 @@ def _check_test_time_augmentation(cfg: CfgNode) -> None:
             )
 
 
-def _check_accumulation(cfg: CfgNode) -> None:
-    parts, images = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+def _check_batch(cfg: CfgNode) -> None:
+    """Raise :class:`UserError` if a batch cannot be divided among the processes, and into the parts
+    of ``SOLVER.ACCUMULATE``."""
+    key, size, parts = "SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
+    # Detectron2 scales the batch to as many processes as there are.
+    processes = cfg.SOLVER.REFERENCE_WORLD_SIZE or comm.get_world_size()
+    if hasattr(cfg, "lazy"):  # in which it is the loader's
+        key = "dataloader.train.total_batch_size"
+        size, processes = cfg.lazy.dataloader.train.get("total_batch_size"), comm.get_world_size()
     if parts < 1:
         raise UserError(f"SOLVER.ACCUMULATE is {parts}; it has to be at least 1")
-    # The batch size of a LazyConfig is its loader's.
-    if parts > images and not hasattr(cfg, "lazy"):
+    if size is None:  # a loader of another kind
+        return
+    if size < 1 or size % processes:
         raise UserError(
-            f"SOLVER.ACCUMULATE is {parts}, but each process has only {images} of the "
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} images: choose at most {images}"
+            f"the batch size ({key}) is {size}; it has to be a multiple of the number of "
+            f"processes, {processes}"
+        )
+    if parts > size // processes:
+        raise UserError(
+            f"SOLVER.ACCUMULATE is {parts}, but each process has only {size // processes} of the "
+            f"{key} {size} images: choose at most {size // processes}"
         )
 
 

@@ -166,6 +166,12 @@ class TrainLoader:
         for batch in loader:
             for sample, bad_images in batch:
                 self._report(bad_images, skipped)
+                if sample is None:
+                    why = "the mapper rejects every one"
+                    if bad_images:
+                        why = f"such as {bad_images[0].path}: {bad_images[0].reason}"
+                    number = len(self.samples.records)
+                    raise StopTraining(f"none of the {number} images can be trained on: {why}")
                 self._check_classes(sample)
             self.position += 1
             yield [sample for sample, _ in batch]
@@ -248,4 +254,4 @@ class _Samples(Dataset):
                     continue
                 if sample is not None:  # a mapper may reject an image
                     return sample, bad_images
-        return None, [*bad_images, BadImage("(all of them)", "the mapper rejects every image")]
+        return None, bad_images

@@ -31,6 +31,11 @@ def _training(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
 
 def _random_subset(cfg: CfgNode, records: List[Dict]) -> MakeSampler:
     num_images, ratio = len(records), cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if int(num_images * ratio) < 1:
+        raise UserError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio:g}, which is less than one of the "
+            f"{num_images} training images: choose a larger one"
+        )
     return lambda seed: RandomSubsetTrainingSampler(
         num_images, ratio, seed_shuffle=seed, seed_subset=seed
     )

@@ -83,6 +83,9 @@ def set_apart(cfg: CfgNode) -> None:
     cfg.WANDB.ENABLED = cfg.MLFLOW.ENABLED = False
     if isinstance(cfg, LazyCfgNode):
         cfg.lazy.train.output_dir = folder
+        evaluator = cfg.lazy.dataloader.get("evaluator")
+        if evaluator and evaluator.get("output_dir"):
+            evaluator.output_dir = folder
 
 
 def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:

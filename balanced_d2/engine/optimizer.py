@@ -29,7 +29,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if cfg.SOLVER.OPTIMIZER == "SGD":
         arguments = {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
         return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(groups, **arguments)
-    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, fused=True)
+    # GradScaler leaves it to fused optimizers to unscale gradients, which is after the clipping.
+    scaled = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != "cpu"
+    fused = not (scaled and cfg.SOLVER.CLIP_GRADIENTS.ENABLED)
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, fused=fused)
 
 
 def _backbone_parameters(model: nn.Module) -> List[nn.Parameter]:
@@ -83,6 +86,11 @@ def settings_kept(
         # As far along the schedule as before, which may have begun at another rate.
         changed = first_rates[-1] != first_rate
         group["lr"] = rate * first_rates[-1] / first_rate if changed and first_rate else rate
+        # A fused AdamW counts its steps where the parameters are, any other on the CPU.
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
     if scheduler is None:
         return
     scheduler.base_lrs = first_rates

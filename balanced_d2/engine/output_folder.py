@@ -55,4 +55,5 @@ def move_aside(folder: str) -> None:
         target = f"{beside}_{number}"
     with raise_if_unwritable(f"OUTPUT_DIR {folder}"):
         os.rename(folder, target)
+        os.mkdir(folder)  # for links to it
     logging.getLogger(__name__).warning(f"--overwrite: the older training is now in {target}")

@@ -77,6 +77,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
     take_gray_range(cfg, weights)
     take_class_balance(cfg, weights.config, weights.class_names)
     if resumed and not args.eval_only:
+        check_unfinished(cfg, weights.iteration, resumed)
         continue_with(cfg, weights.config, resumed)
     check_config(cfg, train=not args.eval_only, resume=bool(resumed))
     data = check_datasets(
@@ -160,6 +161,20 @@ def take_num_classes(
         )
     set_num_classes(cfg, weights.num_classes)
     return False
+
+
+def check_unfinished(cfg: CfgNode, iteration: Optional[int], checkpoint: str) -> None:
+    """Raise :class:`UserError` if a resumed training is beyond its end.
+
+    Args:
+        iteration: the last one of the checkpoint, from 0; None if it does not say it.
+        checkpoint: where the training goes on.
+    """
+    if iteration is not None and iteration >= cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"--resume: SOLVER.MAX_ITER (train.max_iter) is {cfg.SOLVER.MAX_ITER}, but the "
+            f"training of {checkpoint} has made {iteration + 1} iterations: choose at least that"
+        )
 
 
 def continue_with(cfg: CfgNode, before: str, checkpoint: str) -> None:

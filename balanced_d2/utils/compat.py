@@ -5,6 +5,7 @@ from typing import Any, Mapping
 from unittest import mock
 
 import torch
+from detectron2.solver import build
 from detectron2.utils import comm
 
 
@@ -42,6 +43,12 @@ def ddp_arguments(arguments: Mapping[str, Any]):
 
     with mock.patch.object(defaults, "create_ddp_model", create_with_arguments):
         yield
+
+
+LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR") + (
+    ("WarmupStepWithFixedGammaLR",) if hasattr(build, "StepWithFixedGammaParamScheduler") else ()
+)
+"""The names of ``SOLVER.LR_SCHEDULER_NAME``; the last one is main's."""
 
 
 def create_local_process_group(num_processes: int) -> None:

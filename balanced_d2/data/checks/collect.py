@@ -9,7 +9,12 @@ from detectron2.data import MetadataCatalog
 
 from balanced_d2.data.checks.coco_file import check_coco
 from balanced_d2.data.checks.for_model import check_files, coco_file, load
-from balanced_d2.data.checks.image_files import missing_findings, missing_images, with_files
+from balanced_d2.data.checks.image_files import (
+    missing_findings,
+    missing_images,
+    unreadable_findings,
+    with_files,
+)
 from balanced_d2.data.checks.image_headers import header_findings, read_headers
 from balanced_d2.data.checks.records import Finding, Findings, examine
 from balanced_d2.data.classes import check_names
@@ -36,7 +41,8 @@ def findings_of(name: str) -> Tuple[List[Finding], List[Dict]]:
         check_names(name, MetadataCatalog.get(name).get("thing_classes", ()))
         records, findings = examine(name, records)
     # The check of a file has already found everything.
-    return in_file if json_file else findings, records
+    found = in_file if json_file else findings
+    return [*found, *unreadable_findings(name)], records
 
 
 @contextmanager

@@ -18,7 +18,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from balanced_d2.data.adapted import Change
 from balanced_d2.data.checks.coco_file import check_coco
-from balanced_d2.data.checks.image_files import missing_findings, missing_images, with_files
+from balanced_d2.data.checks.image_files import (
+    missing_findings,
+    missing_images,
+    unreadable_findings,
+    with_files,
+)
 from balanced_d2.data.checks.image_headers import Header, header_findings, read_headers
 from balanced_d2.data.checks.records import (
     Finding,
@@ -122,6 +127,8 @@ def check_datasets(
                 records = with_files(records, missing[name])
             else:
                 findings += missing_findings(missing[name])
+            if not cfg.DATALOADER.SKIP_BAD_IMAGES:
+                findings += unreadable_findings(name)
         present = with_files(records, missing.get(name, ()))
         headers = read_headers(present)
         if any(isinstance(header, Header) and header.is_deep for header in headers.values()):
@@ -380,6 +387,16 @@ def _keypoint_findings(
         )
     # Detectron2 leaves out images without keypoints, and fails if only some annotations have them.
     images = {id(record) for record, _ in with_keypoints}
+    visible = Counter(
+        id(record) for record, a in with_keypoints for value in a["keypoints"][2::3] if value > 0
+    )
+    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    if trained and usable and max(visible.values(), default=0) < least:
+        raise UserError(
+            f"data set {name!r}: no image has a visible keypoint, or as many as "
+            f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE, {least}; the third number of a "
+            "keypoint is 2 if it is visible, 1 if it is hidden, 0 if it is not labelled"
+        )
     findings = Findings()
     findings.refuse(
         "annotation(s) have no keypoints, but others in their image do",

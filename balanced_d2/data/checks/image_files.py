@@ -3,6 +3,8 @@
 import os
 from typing import Collection, Dict, List, Mapping, Sequence, Set
 
+from detectron2.data import MetadataCatalog
+
 from balanced_d2.data.checks.records import Findings
 
 KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
@@ -47,6 +49,22 @@ def missing_findings(missing: Mapping[str, str]) -> Findings:
         str,
         "check the folder and the names, remove them from the data, or set "
         "DATALOADER.SKIP_BAD_IMAGES to True to leave them out",
+    )
+    return findings
+
+
+def unreadable_findings(name: str) -> Findings:
+    """A finding that refuses the images that a dataset was registered without, since their size is
+    only in their files, which cannot be read; if there are any.
+
+    ``DATALOADER.SKIP_BAD_IMAGES`` allows it. That they are left out is among the notes.
+    """
+    findings = Findings()
+    findings.refuse(
+        "image(s) cannot be read",
+        MetadataCatalog.get(name).get("unreadable", ()),
+        str,
+        "add, replace or remove them, or set DATALOADER.SKIP_BAD_IMAGES to True to leave them out",
     )
     return findings
 

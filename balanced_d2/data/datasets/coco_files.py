@@ -10,6 +10,8 @@ from balanced_d2.data.datasets.source import SPLITS, split_in
 from balanced_d2.utils.errors import UserError
 
 MAX_LOOKED_FOR = 50
+HEAD = 2**16
+"""Bytes of a file in which its first keys are."""
 
 
 class CocoFile(NamedTuple):
@@ -27,6 +29,22 @@ def json_content(path: str) -> object:
             return parse_json(file.read())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def may_be_coco(path: str) -> bool:
+    """Whether a JSON file is for the reader of COCO's: it has images, even if nothing else, or it
+    cannot be read, which that reader explains.
+
+    Most are not read for this, but their beginning.
+    """
+    try:
+        with open(path, "rb") as file:
+            if re.search(rb'"images"\s*:', file.read(HEAD)):
+                return True
+    except OSError:
+        return True
+    content = json_content(path)
+    return content is None or (isinstance(content, dict) and "images" in content)
 
 
 def is_coco(content: object) -> bool:
@@ -73,10 +91,10 @@ def _image_root(path: str, content: Dict, root: str, image_dir: Optional[str]) -
     stem = re.sub("^instances_", "", os.path.splitext(name)[0])
     split = split_in(path, root)
     names = [stem, *(spelled for spelled, meant in SPLITS.items() if meant == split)]
-    around = dict.fromkeys((folder, os.path.dirname(folder), root))
+    around = [image_dir] if image_dir else dict.fromkeys((folder, os.path.dirname(folder), root))
     places = ["", "images", "Images", "JPEGImages", "data", *names]
     places += [os.path.join(*pair) for n in names for pair in (("images", n), (n, "images"))]
-    candidates = [image_dir] if image_dir else [os.path.join(a, p) for a in around for p in places]
+    candidates = [os.path.join(a, p) for a in around for p in places]
     images = content["images"][:MAX_LOOKED_FOR]
     file_names = [
         image["file_name"]

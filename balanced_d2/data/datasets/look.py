@@ -70,6 +70,8 @@ def look(path: str, image_dir: Optional[str] = None) -> Found:
 
 
 def _read_file(path: str, image_dir: Optional[str]) -> Found:
+    # The name of a file that is given by itself says no split: readers of tables take it for the
+    # folder of everything.
     folder = os.path.dirname(path) or "."
     suffix = os.path.splitext(path)[1].lower()
     if suffix in (".yaml", ".yml", ".data"):
@@ -77,7 +79,8 @@ def _read_file(path: str, image_dir: Optional[str]) -> Found:
     if suffix == ".json":
         content = json_content(path)
         if is_via(content):
-            return read_via(folder, {path: content}, list_files(image_dir or folder), image_dir)
+            images = list_files(image_dir or folder)
+            return read_via(path, {path: content}, images, image_dir or folder)
         if not isinstance(content, dict) or not is_coco(content):
             raise UserError(f"{path} is not COCO JSON, but {_kind_of_json(content)}; use {KNOWN}")
         (file,) = find_coco(folder, {path: content}, image_dir).values()
@@ -89,8 +92,7 @@ def _read_file(path: str, image_dir: Optional[str]) -> Found:
         return read_voc(folder, [path], images, image_dir)
     if suffix in (".csv", ".tsv", ".txt"):
         if is_via_csv(path):
-            return read_via(folder, {path: None}, images, image_dir)
-        # The name of a file that is given by itself says no split.
+            return read_via(path, {path: None}, images, image_dir or folder)
         return read_csv(path, [path], images, image_dir or folder)
     kind = _kind_of_file(path)
     raise UserError(f"{path} is " + (kind or f"not a dataset in the format {KNOWN}"))

@@ -14,10 +14,16 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from detectron2.utils.logger import log_first_n
 
 from balanced_d2.data.datasets.coco import register_coco
-from balanced_d2.data.datasets.coco_files import CocoFile
+from balanced_d2.data.datasets.coco_files import CocoFile, may_be_coco
 from balanced_d2.data.datasets.coco_json import read_coco
 from balanced_d2.data.datasets.look import Found, look
-from balanced_d2.data.datasets.source import SPLITS, Labelled, LabelledImage, as_coco
+from balanced_d2.data.datasets.source import (
+    SPLITS,
+    Labelled,
+    LabelledImage,
+    as_coco,
+    without_unreadable,
+)
 from balanced_d2.data.datasets.split import split_content
 from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of
@@ -93,19 +99,23 @@ def register_source(
     Raises:
         UserError: as for :func:`register_from`.
     """
-    if fraction is None and image_dir is not None and path.lower().endswith(".json"):
+    is_json = path.lower().endswith(".json")
+    if fraction is None and image_dir is not None and is_json and may_be_coco(path):
         register_coco(name, path, image_dir)
         return [name]
     try:
-        return _register_found(name, path, look(path, image_dir), fraction)
+        return _register_found(name, path, image_dir, look(path, image_dir), fraction)
     except UserError as error:
         raise UserError(f"--register {name}: {error}") from error
 
 
-def _register_found(name: str, path: str, found: Found, fraction: Optional[float]) -> List[str]:
+def _register_found(
+    name: str, path: str, image_dir: Optional[str], found: Found, fraction: Optional[float]
+) -> List[str]:
     notes: Tuple[str, ...] = ()
     contents: Dict[str, Dict] = {}
-    root = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    # The names in it decide on the split, and so do not depend on where its images lie.
+    root = image_dir or (path if os.path.isdir(path) else os.path.dirname(path) or ".")
     if isinstance(found, Labelled):
         contents = as_coco(found, root)
         notes = (*found.notes, *_note_shared(found.splits))
@@ -119,6 +129,12 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
         (content,) = contents.values()
         contents, more = split_content(content, fraction)
         notes += more
+    unreadable: Dict[str, List[str]] = {}
+    for split, content in contents.items():
+        contents[split], unreadable[split] = without_unreadable(content)
+    all_unreadable = [why for of_split in unreadable.values() for why in of_split]
+    if all_unreadable:
+        notes += (f"left out {len(all_unreadable)} image(s): {first_of(all_unreadable)}",)
     if isinstance(found, Labelled) or fraction is not None:
         files = {split: CocoFile("", root, len(c["images"])) for split, c in contents.items()}
     else:
@@ -136,7 +152,7 @@ def _register_found(name: str, path: str, found: Found, fraction: Optional[float
         json_file = files[split].json_file
         if split in contents:
             json_file = _write_json(full_name, contents[split])
-            metadata["origin"] = path
+            metadata.update(origin=path, unreadable=unreadable[split])
         log = functools.partial(_log, line, notes)
         register_coco(full_name, json_file, files[split].image_root, prepare=log, **metadata)
     return list(names.values())

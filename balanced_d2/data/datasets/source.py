@@ -24,6 +24,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """The names that people give to splits, and the names they get here."""
+UNREADABLE = "unreadable"
+"""Key of why an image has no size."""
 LARGEST_FRACTION = 2
 """A coordinate farther outside than this is no fraction of an image, but a number of pixels."""
 
@@ -80,11 +82,12 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
     """The content of a COCO annotation file for each split.
 
     Sizes are read from the headers of the images, no pixels are. The names of the images are
-    relative to ``image_root``. Categories are numbered from 1.
+    relative to ``image_root``. Categories are numbered from 1. An image that cannot be read, and
+    whose size the source does not say, has ``UNREADABLE`` instead: :func:`without_unreadable`.
 
     Raises:
         UserError: if there are no objects, their corners are none, or the size of an image is not
-            known or not the one that the source says.
+            the one that the source says.
     """
     _check_objects(labelled)
     numbers = {label: number for number, label in enumerate(labelled.classes, start=1)}
@@ -98,13 +101,16 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
     for split, images in labelled.splits.items():
         sizes = read_sizes(images)
         content: Dict[str, List[Dict]] = {"images": [], "annotations": [], "categories": categories}
-        for image, (width, height) in zip(images, sizes):
+        for image, size in zip(images, sizes):
             image_id = len(content["images"]) + 1
-            file_name = os.path.relpath(image.path, image_root)
-            content["images"].append(
-                {"id": image_id, "file_name": file_name, "width": width, "height": height}
-            )
-            scale = (width, height) if labelled.in_fractions else (1, 1)
+            entry = {"id": image_id, "file_name": os.path.relpath(image.path, image_root)}
+            scale = (1, 1)
+            if isinstance(size, str):
+                entry[UNREADABLE] = size
+            else:
+                entry.update(width=size[0], height=size[1])
+                scale = size if labelled.in_fractions else scale
+            content["images"].append(entry)
             for item in image.objects:
                 annotation = {
                     "id": len(content["annotations"]) + 1,
@@ -116,6 +122,21 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
                 content["annotations"].append(annotation)
         contents[split] = content
     return contents
+
+
+def without_unreadable(content: Dict) -> Tuple[Dict, List[str]]:
+    """The content of a split of :func:`as_coco` without the images that cannot be read, and for
+    each of these why.
+
+    Raises:
+        UserError: if none can be read.
+    """
+    why = {i["id"]: i[UNREADABLE] for i in content["images"] if UNREADABLE in i}
+    if len(why) == len(content["images"]):
+        raise UserError(f"none of the {len(why)} image(s) can be read: {first_of([*why.values()])}")
+    images = [image for image in content["images"] if image["id"] not in why]
+    annotations = [a for a in content["annotations"] if a["image_id"] not in why]
+    return {**content, "images": images, "annotations": annotations}, list(why.values())
 
 
 def _check_objects(labelled: Labelled) -> None:
@@ -146,31 +167,26 @@ def _shape(item: LabelledObject, scale: Tuple[int, int]) -> Dict:
     return shape
 
 
-def read_sizes(images: List[LabelledImage]) -> List[Tuple[int, int]]:
+def read_sizes(images: List[LabelledImage]) -> List[Tuple[int, int] | str]:
     """Width and height of each image, as it is shown: rotated as its EXIF data says.
 
-    An image that cannot be read has the size that the source says: it is reported where it is
-    used.
+    An image that cannot be read has the size that the source says, since it is reported where it
+    is used, or else the reason instead.
 
     Raises:
-        UserError: if the source says no size or another one.
+        UserError: if the source says another size.
     """
-    sizes, unknown, different = [], [], []
+    sizes: List[Tuple[int, int] | str] = []
+    different = []
     for image in WithBar(images, desc="reading sizes", unit="image"):
         try:
             size = image_size(image.path)
         except UserError as error:
-            size = image.size or (0, 0)
-            if not image.size:
-                unknown.append(str(error))
+            sizes.append(image.size or str(error))
+            continue
         if image.size and size != image.size:
             different.append("{} is {} x {}, not {} x {}".format(image.path, *size, *image.size))
         sizes.append(size)
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} of {len(images)} image(s) cannot be read; add, replace or remove "
-            f"them: {first_of(unknown)}"
-        )
     if different:
         raise UserError(
             f"{len(different)} of {len(images)} image(s) do not have the size for which they were "
@@ -316,14 +332,14 @@ class ImageIndex:
             name = fold(os.path.basename(path))
             self._by_name.setdefault(name, []).append(path)
             self._by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
-        self._named: Dict[str, str] = {}
+        self._named: Dict[str, Tuple[str, bool]] = {}
 
     def find(self, name: str, near: str, where: str) -> Optional[str]:
         """The image with a name, None if there is none.
 
-        It is the file of that path, absolute, or relative to ``near`` or to the folder of the
-        images; otherwise the one that has the same name and most of the same folders, whatever its
-        suffix.
+        It is the file of that path, absolute, or relative to ``near``, to the folder around it or
+        to that of the images; otherwise the one that has the same name and most of the same
+        folders, whatever its suffix, and of several the one closest to ``near``.
 
         Args:
             name: with or without folders and a suffix, with / or \\.
@@ -331,28 +347,42 @@ class ImageIndex:
             where: the annotation, for messages.
 
         Raises:
-            UserError: if there are several, or another name has led to the same image.
+            UserError: if there are several, or another name has led to the same image, and one of
+                the two is not its path.
         """
         name = name.strip()
         if not name or "\0" in name:
             return None
-        for folder in (near, self._root):
-            for spelled in (name, name.replace("\\", "/"), unquote(name)):
+        found = self._exact(name, near)
+        is_exact = found is not None
+        if found is None:
+            parts = name.replace("\\", "/").split("/")
+            # Names that tools write as parts of an address.
+            found = self._similar(parts, near, where) or self._similar(
+                [unquote(part) for part in parts], near, where
+            )
+        if found is None:
+            return None
+        other, other_is_exact = self._named.setdefault(found, (name, is_exact))
+        if other != name and not (is_exact and other_is_exact):
+            missing, present = (other, name) if is_exact else (name, other)
+            raise UserError(
+                f"{where}: there is no image {shorten(missing)}, and {found}, which has its file "
+                f"name, has been found for {shorten(present)}: give the folder of the images as "
+                "the last argument of --register"
+            )
+        return found
+
+    def _exact(self, name: str, near: str) -> Optional[str]:
+        forms = (name, name.replace("\\", "/"), unquote(name))
+        # A name that says its folder may do so from the folder around the annotation's.
+        around = [os.path.dirname(near)] if any(map(os.path.dirname, forms)) else []
+        for folder in (near, self._root, *around):
+            for spelled in forms:
                 path = os.path.normpath(os.path.join(folder, spelled))
                 if path in self._paths or (os.path.isabs(name) and os.path.isfile(path)):
                     return path
-        parts = name.replace("\\", "/").split("/")
-        # Names that tools write as parts of an address.
-        found = self._similar(parts, near, where) or self._similar(
-            [unquote(part) for part in parts], near, where
-        )
-        if found and self._named.setdefault(found, name) != name:
-            raise UserError(
-                f"{where}: there is no image {shorten(name)}, and {found}, which has its file "
-                f"name, has been found for {shorten(self._named[found])}: give the folder of the "
-                "images as the last argument of --register"
-            )
-        return found
+        return None
 
     def _similar(self, parts: List[str], near: str, where: str) -> Optional[str]:
         *folders, last = map(fold, parts)
@@ -361,12 +391,14 @@ class ImageIndex:
         if len(found) <= 1:
             return found[0] if found else None
 
-        def likeness(path: str) -> Tuple[int, bool]:
-            own = fold(os.path.dirname(path)).split(os.sep)
+        def likeness(path: str) -> Tuple[int, bool, int]:
+            folder = os.path.dirname(path)
+            own = fold(folder).split(os.sep)
             same = 0
             while same < min(len(own), len(folders)) and own[-1 - same] == folders[-1 - same]:
                 same += 1
-            return same, os.path.dirname(path) == near
+            shared = os.path.commonpath([os.path.abspath(folder), os.path.abspath(near)])
+            return same, folder == near, shared.count(os.sep)
 
         found = sorted(found, key=likeness, reverse=True)
         if likeness(found[0]) == likeness(found[1]):

@@ -1,8 +1,9 @@
 """YOLO: a text file for each image, as Ultralytics, Darknet, CVAT, Label Studio and Roboflow write
 them, with or without a ``data.yaml``."""
 
+import itertools
 import os
-from typing import Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import yaml
 
@@ -62,7 +63,7 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
     several of these.
 
     Args:
-        image_dir: where to look for them first.
+        image_dir: where to look for them first, before the places that the file says.
 
     Raises:
         UserError: naming the file, and the line or key.
@@ -78,7 +79,8 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
     base = config.get("path") or ""
     if not isinstance(base, str):
         raise UserError(f"{config_file}: path is {shorten(base)}, not the name of a folder")
-    bases = [os.path.join(folder, base), folder, *filter(None, [image_dir]), os.path.abspath(base)]
+    given = [image_dir] if image_dir else []
+    bases = [os.path.join(folder, base), folder, os.path.abspath(base)]
     found: Dict[str, List[str]] = {}
     taken: Dict[str, str] = {}
     notes: Tuple[str, ...] = ()
@@ -87,7 +89,7 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
         for word in words:
             if not isinstance(word, str) or not word:
                 raise UserError(f"{config_file}: {key} is {shorten(value)}, not a path")
-            path = resolve(word, bases)
+            path = resolve(word, given, bases)
             if path is None and SPLITS[str(key)] == "test" and len(splits) > 1:
                 # Roboflow writes it whether or not there is one.
                 notes += (f"left out {key}: {shorten(word)} does not exist",)
@@ -95,33 +97,39 @@ def read_yolo(config_file: str, image_dir: Optional[str] = None) -> Labelled:
             if path is None:
                 raise UserError(
                     f"{config_file}: {key} is {shorten(word)}, which exists neither there nor "
-                    f"from {', '.join(dict.fromkeys(map(os.path.normpath, bases)))}"
+                    f"from {', '.join(dict.fromkeys(map(os.path.normpath, given + bases)))}"
                 )
             if taken.setdefault(path, word) != word:
                 raise UserError(
                     f"{config_file}: {shorten(word)} and {shorten(taken[path])} both lead to "
                     f"{path}; correct them, or path"
                 )
-            images = _listed_images(path, bases)
+            images = _listed_images(path, given, bases)
             if not images:
                 raise UserError(f"{config_file}: {key} is {shorten(word)}, and {path} has no image")
             found.setdefault(SPLITS[str(key)], []).extend(images)
-    names = _names_in(config, config_file, bases)
+    names = _names_in(config, config_file, bases + given)
     labelled_files = {image: label_file(image) for images in found.values() for image in images}
     pose = _pose_in(config, config_file, names)
     return _read(config_file, found, labelled_files, names, notes, pose)
 
 
-def resolve(word: str, bases: Iterable[str]) -> Optional[str]:
+def resolve(word: str, *places: Sequence[str]) -> Optional[str]:
     """The existing file or folder that a path means, without as many of its first folders as
-    necessary; None if there is none."""
+    necessary; None if there is none.
+
+    Args:
+        *places: folders that it may be relative to; what the first ones have is not looked for in
+            others.
+    """
     if "\0" in word:
         return None
     if os.path.isabs(word) and os.path.exists(word):
         return os.path.normpath(word)
     parts = [part for part in word.replace("\\", "/").split("/") if part not in ("", ".")]
     start = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
-    for tail in (parts, *(parts[i:] for i in range(max(start, 1), len(parts)))):
+    tails = [parts, *(parts[i:] for i in range(max(start, 1), len(parts)))]
+    for bases, tail in itertools.product(places, tails):
         for base in bases:
             path = os.path.normpath(os.path.join(base, *tail)) if tail else base
             try:
@@ -132,7 +140,7 @@ def resolve(word: str, bases: Iterable[str]) -> Optional[str]:
     return None
 
 
-def _listed_images(path: str, bases: List[str]) -> List[str]:
+def _listed_images(path: str, given: List[str], bases: List[str]) -> List[str]:
     """The images in a folder, or those that a text file lists."""
     if os.path.isdir(path):
         return [file for file in list_files(path) if is_image(file)]
@@ -140,7 +148,7 @@ def _listed_images(path: str, bases: List[str]) -> List[str]:
         return [path] if is_image(path) else []
     lines = [line.strip() for line in read_text(path).splitlines()]
     places = [os.path.dirname(path), *bases]
-    found = {line: resolve(line, places) for line in lines if line}
+    found = {line: resolve(line, given, places) for line in lines if line}
     missing = [shorten(line) for line, image in found.items() if not image or os.path.isdir(image)]
     if missing:
         raise UserError(
@@ -320,6 +328,7 @@ def _read(
 ) -> Labelled:
     read: Dict[str, List[LabelledImage]] = {}
     used: Set[Label] = set()
+    unlabelled: Dict[str, None] = {}
     for split, images in splits.items():
         if not any(os.path.isfile(label_files[image]) for image in images):
             message = (
@@ -332,11 +341,18 @@ def _read(
             continue
         read[split] = []
         for image in WithBar(images, desc=f"reading labels {split}", unit="file"):
-            # An image without a file has no objects.
-            path = label_files[image]
-            objects = read_labels(path, names, pose) if os.path.isfile(path) else []
+            path, objects = label_files[image], []
+            if os.path.isfile(path):
+                objects = read_labels(path, names, pose)
+            else:
+                unlabelled[image] = None
             used.update(item.label for item in objects)
             read[split].append(LabelledImage(image, objects))
+    if unlabelled:
+        notes += (
+            f"{len(unlabelled)} image(s) have no label file, and so no object in them: "
+            f"{first_of(list(unlabelled))}",
+        )
     if names is None:
         names = {i: str(i) for i in range(max(map(int, used), default=0) + 1)}
         notes = (*notes, "the names of the classes are in no file: using numbers")
