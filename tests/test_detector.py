@@ -14,6 +14,7 @@ from PIL import Image
 
 from balanced_d2 import Detector, load_config
 from balanced_d2.checkpoint import BalancedCheckpointer
+from balanced_d2.commands import detect
 from balanced_d2.detection import tiles
 from balanced_d2.export import describe, export_onnx, export_torchscript
 from balanced_d2.utils.errors import UserError
@@ -482,3 +483,22 @@ def test_demo_with_a_training_and_tiles(training, image, tmp_path, run_here):
     assert_user_error(run_here("demo.py", *arguments), "either --model or --config-file")
     result = run_here("demo.py", *arguments, "--model", training, "--tile", "3")
     assert_user_error(result, "tiles of 3 pixels are too small")
+
+
+def test_demo_keeps_its_inputs(image, tmp_path):
+    """By whatever name an output is one of them: here, as with file systems without case."""
+    photo, pictures = tmp_path / "Photo.PNG", tmp_path / "pictures"
+    pictures.mkdir()
+    cv2.imwrite(str(photo), image)
+    (pictures / "Photo.png").hardlink_to(photo)
+    sources = detect.list_sources([str(photo)], str(pictures))
+    with pytest.raises(UserError, match="Photo.png is an input and would be replaced"):
+        detect.check_output(sources, str(pictures))
+    (pictures / "Photo.png").unlink()
+    detect.check_output(sources, str(pictures))
+
+
+def test_pictures_of_a_run_differ_without_case_too():
+    names = set()
+    found = [detect.picture(path, "out", names) for path in ("a/X.jpg", "b/x.jpg", "b/x_2.png")]
+    assert [path.removeprefix("out/") for path in found] == ["X.jpg", "x_2.jpg", "x_2_2.png"]

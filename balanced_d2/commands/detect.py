@@ -22,7 +22,12 @@ from balanced_d2.engine import add_model_arguments, config_from
 from balanced_d2.export.sample import IMAGES
 from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of
-from balanced_d2.utils.files import check_writable, open_replacing, raise_if_unwritable
+from balanced_d2.utils.files import (
+    check_keeps_inputs,
+    check_writable,
+    open_replacing,
+    raise_if_unwritable,
+)
 from balanced_d2.visualization import as_records
 from balanced_d2.visualization.fonts import use_font_for
 from balanced_d2.visualization.video import VideoReader, create_video
@@ -157,14 +162,14 @@ def picture(path: str, output: str, names: Set[str]) -> str:
     """Path of the picture of an image or video: its own name, with a number if that is taken.
 
     Args:
-        names: the names that are taken, without suffixes; the new one is added.
+        names: the names that are taken, without suffixes and case; the new one is added.
     """
     name, suffix = Path(path).stem, Path(path).suffix.lower()
     number = 1
-    while name in names:
+    while name.casefold() in names:  # which some file systems take for the same
         number += 1
         name = f"{Path(path).stem}_{number}"
-    names.add(name)
+    names.add(name.casefold())
     suffix = ".mp4" if suffix in VIDEOS else suffix if suffix in IMAGES else ".png"
     return os.path.join(output, name + suffix)
 
@@ -182,13 +187,9 @@ def check_output(sources: List[Source], output: Optional[str]) -> None:
             )
         return
     check_writable(os.path.join(output, "picture"), "the folder of --output,")
-    inputs = {os.path.realpath(source.path) for source in sources}
-    for source in sources:
-        if os.path.realpath(source.output or "") in inputs:
-            raise UserError(
-                f"{source.output} is an input and would be replaced by its picture: choose another "
-                "--output"
-            )
+    check_keeps_inputs(
+        (source.output for source in sources if source.output), (source.path for source in sources)
+    )
 
 
 def disable_bar(sources: List[Source]) -> Optional[bool]:
