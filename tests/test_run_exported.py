@@ -4,6 +4,7 @@ The model is a toy that a failure of the runner cannot hide in: it detects one b
 red values of an image plus (0, 0, 5, 5), with the mean of all values as its score.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from PIL import Image
 from balanced_d2 import export
 from balanced_d2.export import run_exported
 
-from .conftest import assert_user_error
+from .conftest import TINY_CONFIG, assert_user_error
 
 RUNNER = run_exported.__file__
 
@@ -347,6 +348,21 @@ def test_packages_that_are_missing(inputs, run_here, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run_here(RUNNER, model, inputs)
     assert_user_error(result, "model.onnx needs the package onnxruntime: pip install onnxruntime")
+
+
+def test_nothing_is_exported_that_could_not_be_verified(run_here, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    engines = {"onnxruntime", "openvino"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name in engines else find(name, *of)
+    )
+    arguments = ("--config-file", TINY_CONFIG, "--output", tmp_path / "out", "MODEL.WEIGHTS", "x")
+    for kind in ("onnx", "onnx-batch"):
+        result = run_here("tools/export_model.py", "--format", kind, *arguments)
+        assert_user_error(result, f"no engine for {kind}", "pip install onnxruntime", "--no-verify")
+    assert not (tmp_path / "out").exists()
+    result = run_here("tools/export_model.py", "--format", "onnx", "--no-verify", *arguments)
+    assert_user_error(result, "there is no file x")  # the next check
 
 
 def test_openvino_is_an_engine(inputs, run_here, tmp_path):
