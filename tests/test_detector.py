@@ -503,7 +503,7 @@ def test_masks_can_be_left_out():
     assert_same(without, found)
 
 
-@pytest.mark.parametrize("shape", [(3000, 1, 3), (2, 3000, 3)])
+@pytest.mark.parametrize("shape", [(3000, 1, 3), (1, 3000, 3)])
 def test_images_keep_a_pixel_however_thin(shape, detector, tmp_path):
     image = np.full(shape, 200, np.uint8)
     assert detector(image).image_size == shape[:2]

@@ -216,11 +216,11 @@ def test_where_folders_cannot_be_opened(tmp_path, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(os, "name", "nt")
-    with open_replacing(str(tmp_path / "a.json"), "w") as file:
-        file.write("whole")
-    monkeypatch.undo()
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "open", refuse)
+        windows.setattr(os, "name", "nt")
+        with open_replacing(str(tmp_path / "a.json"), "w") as file:
+            file.write("whole")
     assert (tmp_path / "a.json").read_text() == "whole"
 
 
