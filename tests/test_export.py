@@ -444,13 +444,21 @@ def test_sample_images(tmp_path, caplog, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     register_coco("gone", str(write_coco(tmp_path / "data")), str(tmp_path / "elsewhere"))
     register_coco("none", str(tmp_path / "none.json"), str(tmp_path))
-    cfg.DATASETS.TEST = ("unknown", "gone", "none")
+    DatasetCatalog.register("empty", list)
+    DatasetCatalog.register("odd", lambda: [{"image_id": 1}])
+    cfg.DATASETS.TEST = ("unknown", "gone", "none", "empty", "odd")
     for image, same in zip(images, export.sample_images(cfg), strict=True):
         assert torch.equal(image, same)
     (record,) = caplog.records
     said = record.getMessage()
     assert said.startswith("note: noise is taken for an image to trace and verify with")
-    for part in ("unknown is not registered", f"{tmp_path}/elsewhere/1.jpg: No such", "none.json"):
+    for part in (
+        "unknown is not registered",
+        f"{tmp_path}/elsewhere/1.jpg: No such",
+        "none.json",
+        "empty has no images",
+        "records of odd have no 'file_name'",
+    ):
         assert part in said
     assert "\n" not in said
     sizes = [tuple(image.shape[1:]) for image in images]

@@ -105,8 +105,10 @@ def _first_test_image(cfg: CfgNode) -> np.ndarray:
             continue
         try:
             return _read(DatasetCatalog.get(dataset)[0]["file_name"], cfg)
-        except (KeyError, IndexError):
+        except IndexError:
             reasons.append(f"{dataset} has no images")
+        except KeyError as error:
+            reasons.append(f"the records of {dataset} have no {error}")
         except (OSError, UserError) as error:
             reasons.append(" ".join(str(error).split()))
     if reasons:
