@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,11 +15,22 @@ from PIL import Image
 
 from balanced_d2 import Detector, load_config
 from balanced_d2.checkpoint import BalancedCheckpointer
+from balanced_d2.commands import detect
 from balanced_d2.detection import tiles
-from balanced_d2.export import describe, export_onnx, export_torchscript
+from balanced_d2.detection.networks import TrainedModel
+from balanced_d2.export import (
+    describe,
+    export_onnx,
+    export_torchscript,
+    run_exported,
+    sample_images,
+)
 from balanced_d2.utils.errors import UserError
+from balanced_d2.visualization import video
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, assert_user_error
+from .test_export import MASKS, small_model, smooth_image
+from .test_run_exported import toy
 
 NAMES = ["bright", "dark"]
 OPTIONS = [*TINY_MODEL, "MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
@@ -139,7 +151,7 @@ def test_images_that_cannot_be_read(detector, image, tmp_path):
 
 def detector_of(network, **arguments):
     network.metadata, network.gray_range = Metadata(thing_classes=["square"]), None
-    network.model = None
+    network.model, network.has_masks = None, False
     return Detector(network, **arguments)
 
 
@@ -248,15 +260,16 @@ def test_masks_and_keypoints_of_exported_files(monkeypatch):
 
     class File:
         metadata = {"class_names": NAMES, "gray_range": 0}
+        score_threshold = 0.0
 
         def __init__(self, path, device):
-            pass
+            self.outputs = list(outputs)
 
         def preprocess(self, picture):
             return np.asarray(picture).transpose(2, 0, 1)
 
-        def __call__(self, array):
-            return dict(outputs)
+        def detect(self, arrays):
+            return [dict(outputs) for _ in arrays]
 
     monkeypatch.setattr(run_exported, "ExportedDetector", File)
     found = Detector(ExportedModel("any", threshold=0.5))(np.zeros((16, 20, 3), np.uint8))
@@ -265,13 +278,40 @@ def test_masks_and_keypoints_of_exported_files(monkeypatch):
         [y, x] for y in range(2, 12) for x in range(1, 11)
     ]
     assert found.pred_keypoints.tolist() == [[[3, 4, 0.5]]]
+    network = ExportedModel("any")
+    assert network.has_masks
+    (without,) = network([np.zeros((16, 20, 3), np.uint8)], masks=False)
+    assert len(without) == 2 and not without.has("pred_masks")
 
-    def refuse(self, array):
+    def refuse(self, arrays):
         raise run_exported.UserError("the model does not take it")
 
-    monkeypatch.setattr(File, "__call__", refuse)
+    monkeypatch.setattr(File, "detect", refuse)
     with pytest.raises(UserError, match="the model does not take it"):  # as other errors of ours
         Detector(ExportedModel("any"))(np.zeros((16, 20, 3), np.uint8))
+
+
+def test_batches_of_exported_files(image, tmp_path):
+    """Images of one size go through a file that takes batches together."""
+    loaded = Detector.load(toy(tmp_path / "model.onnx"), batch_size=3)
+    images = [np.full((20, 30, 3), 20 * i, np.uint8) for i in range(4)] + [image.copy()]
+    for i, one in enumerate(images):
+        one[0, :4, 2] = 1 + i, 2, 9, 11  # red: where the toy detects a box
+    alone = [loaded(one) for one in images]
+    shapes, run = [], loaded._network._file._run
+    loaded._network._file._run = lambda array: shapes.append(array.shape) or run(array)
+    for found, wanted in zip(loaded(images), alone, strict=True):
+        assert_same(found, wanted)
+    assert shapes == [(3, 3, 20, 30), (1, 3, 20, 30), (1, 3, 70, 90)]
+
+
+def test_thresholds_below_that_of_an_exported_file(tmp_path, caplog):
+    path = toy(tmp_path / "model.onnx", score_threshold=0.25)
+    for threshold in (None, 0.25, 0.9):
+        Detector.load(path, threshold=threshold)
+    assert not caplog.records
+    Detector.load(path, threshold=0.2)
+    assert "the threshold 0.2 has no effect below 0.25" in caplog.text
 
 
 def instances(boxes, scores, classes, size=(40, 60)):
@@ -375,7 +415,7 @@ def test_merging_is_a_plain_loop(seed):
     assert len(kept) < number or number < 10
 
 
-def squares(images):
+def squares(images, masks=True):
     """A network that finds each bright region, as far as it is in the image."""
     found = []
     for image in images:
@@ -401,7 +441,7 @@ def test_each_object_is_found_once_in_tiles():
             wanted.append([x, y, x + 11, y + 9])
     largest = 0
 
-    def network(images):
+    def network(images, masks):
         nonlocal largest
         if images[0].shape == image.shape:  # in which the objects look like others
             whole = squares(images)[0][::2]
@@ -424,6 +464,52 @@ def test_a_large_object_is_found_as_a_whole():
     image[20:180, 30:270] = 255
     found = detector_of(squares)(image, tile=64)
     assert found.pred_boxes.tensor.tolist() == [[30, 20, 270, 180]]
+
+
+def test_no_masks_are_made_in_tiles(caplog):
+    """Nor for the image as a whole; and that is said once."""
+    asked = []
+
+    def network(images, masks=True):
+        asked.append(masks)
+        return squares(images)
+
+    detector = detector_of(network)
+    network.has_masks = True
+    image = np.zeros((100, 150, 3), np.uint8)
+    detector([image, image], tile=64)
+    assert asked and not any(asked)
+    assert caplog.text.count("detections in tiles have no masks") == 1
+    asked.clear()
+    detector(image, tile=150)
+    assert asked == [True]
+
+
+def test_masks_can_be_left_out():
+    """As they cost the mask head's time, and each the size of the image."""
+    model = small_model(*MASKS)
+    cfg = load_config(str(ROOT / TINY_CONFIG), ["INPUT.MIN_SIZE_TEST", "64"])
+    names = Metadata(thing_classes=["a", "b", "c"])
+    network = TrainedModel(
+        SimpleNamespace(model=model, cfg=cfg, input_format="BGR", metadata=names)
+    )
+    calls = []
+    model.roi_heads.mask_head.register_forward_hook(lambda *_: calls.append(1))
+    image = smooth_image(80, 70).permute(1, 2, 0).numpy()
+    (without,) = network([image], masks=False)
+    assert network.has_masks and not calls and not without.has("pred_masks")
+    (found,) = network([image])
+    assert calls and found.pred_masks.shape == (len(found), 80, 70)
+    assert_same(without, found)
+
+
+@pytest.mark.parametrize("shape", [(3000, 1, 3), (1, 3000, 3)])
+def test_images_keep_a_pixel_however_thin(shape, detector, tmp_path):
+    image = np.full(shape, 200, np.uint8)
+    assert detector(image).image_size == shape[:2]
+    cfg = load_config(str(ROOT / TINY_CONFIG), OPTIONS)
+    cv2.imwrite(str(tmp_path / "thin.png"), image)
+    assert len(sample_images(cfg, str(tmp_path / "thin.png"))) == 4
 
 
 def test_a_small_image_is_one_tile(detector, image):
@@ -482,3 +568,82 @@ def test_demo_with_a_training_and_tiles(training, image, tmp_path, run_here):
     assert_user_error(run_here("demo.py", *arguments), "either --model or --config-file")
     result = run_here("demo.py", *arguments, "--model", training, "--tile", "3")
     assert_user_error(result, "tiles of 3 pixels are too small")
+
+
+def test_demo_keeps_its_inputs(image, tmp_path):
+    """By whatever name an output is one of them: here, as with file systems without case."""
+    photo, pictures = tmp_path / "Photo.PNG", tmp_path / "pictures"
+    pictures.mkdir()
+    cv2.imwrite(str(photo), image)
+    (pictures / "Photo.png").hardlink_to(photo)
+    sources = detect.list_sources([str(photo)], str(pictures))
+    with pytest.raises(UserError, match="Photo.png is an input and would be replaced"):
+        detect.check_output(sources, str(pictures))
+    (pictures / "Photo.png").unlink()
+    detect.check_output(sources, str(pictures))
+
+
+def test_demo_counts_what_it_has_processed(training, image, tmp_path, run_here, monkeypatch):
+    def quit_at_once(picture, wait):
+        raise detect.Quit
+
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), image)
+    monkeypatch.setattr(detect, "show", quit_at_once)
+    monkeypatch.setattr(detect, "check_output", lambda sources, output: None)  # of a screen
+    arguments = ("--model", training, "--input", tmp_path, "--confidence-threshold", "0")
+    result = run_here("demo.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    number = len(Detector.load(training, threshold=0)(image))
+    assert result.stdout == f"1 of 3 input(s), {number} detection(s)\n"
+
+
+@pytest.mark.parametrize("source", ["--input", "--webcam"])
+def test_ctrl_c_ends_demo_and_its_video(source, training, image, tmp_path, run_here, monkeypatch):
+    clip, calls = str(tmp_path / "clip.mp4"), []
+    with video.create_video(clip, 5, image.shape[1::-1]) as writer:
+        for _ in range(4):
+            writer.write(image)
+    cv2.imwrite(str(tmp_path / "photo.png"), image)
+    find = Detector.__call__
+
+    def interrupt_the_third(self, image, **options):
+        calls.append(image)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return find(self, image, **options)
+
+    monkeypatch.setattr(Detector, "__call__", interrupt_the_third)
+    monkeypatch.setattr(detect, "VideoReader", lambda _: video.VideoReader(clip))
+    given = ["--input", clip, tmp_path / "photo.png"] if source == "--input" else [source]
+    arguments = ("--model", training, "--output", tmp_path / "out", "--json", *given)
+    result = run_here("demo.py", *arguments)
+    name = "webcam" if source == "--webcam" else "clip"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.mp4", f"{name}.json"}
+    drawn = cv2.VideoCapture(str(tmp_path / "out" / f"{name}.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 2
+    content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert [frame["frame"] for frame in content["frames"]] == [0, 1]
+    if source == "--input":
+        assert result.returncode == 130 and "0 of 2 input(s)" in result.stdout
+    else:  # whose recording has no other end
+        assert result.returncode == 0 and "1 of 1 input(s)" in result.stdout
+
+
+def test_demo_takes_what_the_runner_takes(image, tmp_path, run_here):
+    """And draws a GIF, which has 256 colours, as PNG."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for suffix in run_exported.IMAGES:
+        Image.fromarray(image).save(folder / f"{suffix[1:]}{suffix}")
+    arguments = ("--model", toy(tmp_path / "model.onnx"), "--input", folder)
+    result = run_here("demo.py", *arguments, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    assert drawn == {path.name.replace(".gif", ".png") for path in folder.iterdir()}
+
+
+def test_pictures_of_a_run_differ_without_case_too():
+    names = set()
+    found = [detect.picture(path, "out", names) for path in ("a/X.jpg", "b/x.jpg", "b/x_2.png")]
+    assert [path.removeprefix("out/") for path in found] == ["X.jpg", "x_2.jpg", "x_2_2.png"]

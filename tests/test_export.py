@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from balanced_d2 import export, load_config
+from balanced_d2.data import register_coco
 from balanced_d2.export.nms import onnx_batched_nms, scripted_batched_nms
 from balanced_d2.export.verify import Comparison, Detections
 from balanced_d2.utils.errors import UserError
 
-from .conftest import TINY_CONFIG
+from .conftest import TINY_CONFIG, write_coco
 from .test_backbones import ON_TIMM, ON_TORCHVISION
 
 KINDS = ("tracing", "onnx")
@@ -432,10 +434,33 @@ def test_a_failing_export_keeps_the_file_that_was_there(tmp_path):
     assert path.read_text() == "the last one" and list(tmp_path.iterdir()) == [path]
 
 
-def test_sample_images(tmp_path):
+def test_sample_images(tmp_path, caplog, monkeypatch):
     cfg = load_config("configs/Demo/balanced_faster_rcnn_R_18_FPN.yaml")
-    cfg.DATASETS.TEST = ("nowhere",)
+    cfg.DATASETS.TEST = ()
     images = export.sample_images(cfg)
+    assert not caplog.records
+    # That it is noise is said where there should have been an image.
+    monkeypatch.setattr(DatasetCatalog, "data", copy.copy(DatasetCatalog.data))  # undone afterwards
+    (tmp_path / "elsewhere").mkdir()
+    register_coco("gone", str(write_coco(tmp_path / "data")), str(tmp_path / "elsewhere"))
+    register_coco("none", str(tmp_path / "none.json"), str(tmp_path))
+    DatasetCatalog.register("empty", list)
+    DatasetCatalog.register("odd", lambda: [{"image_id": 1}])
+    cfg.DATASETS.TEST = ("unknown", "gone", "none", "empty", "odd")
+    for image, same in zip(images, export.sample_images(cfg), strict=True):
+        assert torch.equal(image, same)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("note: noise is taken for an image to trace and verify with")
+    for part in (
+        "unknown is not registered",
+        f"{tmp_path}/elsewhere/1.jpg: No such",
+        "none.json",
+        "empty has no images",
+        "records of odd have no 'file_name'",
+    ):
+        assert part in said
+    assert "\n" not in said
     sizes = [tuple(image.shape[1:]) for image in images]
     assert len(set(sizes)) == 4 and all(image.shape[0] == 3 for image in images)
     assert sizes[1] == (128, 171)

@@ -226,43 +226,85 @@ def test_without_a_compiler(run_here, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The one of examples/cpp."""
+    if not shutil.which("cmake"):
+        pytest.skip("there is no CMake")
+    build = tmp_path_factory.mktemp("cpp")
+    python = f"-DPython3_EXECUTABLE={sys.executable}"
+    for command in (
+        ["cmake", "-S", ROOT / "examples/cpp", "-B", build, python],
+        ["cmake", "--build", build],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    return build / "detect"
+
+
 @pytest.mark.slow
 @has_compiler
-@pytest.mark.skipif(not shutil.which("cmake"), reason="there is no CMake")
-def test_detection_from_cpp(package, tmp_path):
+def test_detection_from_cpp(program, package, tmp_path):
     """Both kinds of files, as tools/run_exported.py detects with them."""
     model, aoti = package
     script = str(tmp_path / "model.ts")
     export.export_torchscript(
         model, smooth_image(120, 140, seed=1), script, described("torchscript")
     )
-    build = tmp_path / "build"
-    for command in (
-        [
-            "cmake",
-            "-S",
-            ROOT / "examples/cpp",
-            "-B",
-            build,
-            f"-DPython3_EXECUTABLE={sys.executable}",
-        ],
-        ["cmake", "--build", build],
-    ):
-        subprocess.run(command, check=True, capture_output=True)
     photo = tmp_path / "photo.png"
     Image.fromarray(smooth_image(150, 221).permute(1, 2, 0).numpy()).save(photo)
     for path in (script, aoti):
-        result = subprocess.run([build / "detect", path, photo], capture_output=True, text=True)
+        result = subprocess.run([program, path, photo], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert_same(json.loads(result.stdout), detected(path, str(photo)))
-    result = subprocess.run([build / "detect", photo, photo], capture_output=True, text=True)
+        assert_same(json.loads(result.stdout), *detected(path, photo))
+
+
+def sizes(image):
+    """A detector whose scores are the height and width of its input, as parts of 10,000."""
+    sides = torch.stack([torch.ones_like(image[0, :, 0]).sum(), torch.ones_like(image[0, 0]).sum()])
+    boxes = torch.tensor([[-5.0, 0.25, 99999.0, 0.5], [0.0, 0.0, 0.5, 0.5], [-9.0, 0.0, -1.0, 0.5]])
+    return boxes, torch.tensor([0, 1, 1]), sides[[0, 1, 1]] / 10000, sides.long()
+
+
+@pytest.mark.slow
+@has_compiler
+def test_inputs_and_outputs_from_cpp(program, tmp_path):
+    """Images are scaled, and boxes scaled back, as by tools/run_exported.py; what cannot be read
+    stops no others."""
+    described = {**METADATA, "format": "torchscript", "min_size": 800, "max_size": 1333}
+    described["outputs"] = export.output_names()
+    traced = torch.jit.trace(sizes, torch.zeros(3, 20, 30))
+    for name, changes in (("model.ts", {}), ("newer.ts", {"format_version": 99})):
+        stored = {"balanced_d2.json": json.dumps({**described, **changes})}
+        torch.jit.save(traced, str(tmp_path / name), _extra_files=stored)
+    # Of 611 x 1222, other arithmetic than Detectron2's makes 667 x 1333.
+    pixels = {(611, 1222): (666, 1333), (1, 3000): (1, 1333), (90, 40): (1333, 592)}
+    photos = [tmp_path / f"{height}.png" for height, _ in pixels]
+    for photo, (height, width) in zip(photos, pixels):
+        Image.new("RGB", (width, height)).save(photo)
+    (tmp_path / "text.png").write_text("no image")
+    result = subprocess.run(
+        [program, tmp_path / "model.ts", tmp_path / "text.png", *photos],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and f"error: {tmp_path / 'text.png'}: " in result.stderr
+    found = list(map(json.loads, result.stdout.splitlines()))
+    expected = detected(tmp_path / "model.ts", *photos)
+    for record, other, scaled in zip(found, expected, pixels.values(), strict=True):
+        scores = [detection["score"] for detection in record["detections"]]
+        assert [round(10000 * score) for score in scores] == list(scaled)
+        assert_same(record, other)
+    result = subprocess.run([program, photos[0], photos[0]], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("error: ")
+    newer = [program, tmp_path / "newer.ts", photos[0]]
+    result = subprocess.run(newer, capture_output=True, text=True)
+    assert result.returncode == 1 and "newer" in result.stderr and not result.stdout
 
 
-def detected(path, photo):
-    command = [sys.executable, run_exported.__file__, path, photo, "--threshold", "0"]
+def detected(path, *photos):
+    command = [sys.executable, run_exported.__file__, path, *photos, "--threshold", "0"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(result.stdout)
+    return list(map(json.loads, result.stdout.splitlines()))
 
 
 def assert_same(found, expected):

@@ -148,7 +148,7 @@ def test_runner_without_detectron2_equals_evaluation(
         "tools/run_exported.py",
         exports[kind][0],
         *(images / name for name in evaluated),
-        *("--threshold", "0", "--output", tmp_path),
+        *("--threshold", "0.05", "--output", tmp_path),
         env=bare,
     )
     assert result.returncode == 0, result.stderr
@@ -346,7 +346,7 @@ def test_threshold(exports, demo, run_here):
     middle = (max(scores) + min(scores)) / 2
     expected = [score for score in scores if score >= middle]
     assert 0 < len(expected) < len(scores)
-    assert scores_from(middle) == expected and scores_from(1.1) == []
+    assert scores_from(middle) == expected and scores_from(1) == []
 
 
 def test_verification_finds_a_model_that_is_not_equal(exports, demo, capsys):

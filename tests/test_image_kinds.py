@@ -290,7 +290,8 @@ def test_names_are_drawn_as_they_are(name, runner):
     assert text.get_text() == name and not text.get_parse_math()
     assert drawer.output.get_image().shape == blank.shape
     detection = {"class": name, "class_id": 0, "score": 0.5, "bbox": [10, 10, 50, 40]}
-    assert runner.draw(Image.fromarray(blank), [detection]).size == (90, 60)
+    font = runner.find_font(name)
+    assert runner.draw(Image.fromarray(blank), [detection], font).size == (90, 60)
 
 
 def test_a_font_that_has_the_characters_is_found(monkeypatch, caplog):
@@ -321,15 +322,27 @@ def test_the_runner_finds_a_font(runner, monkeypatch, tmp_path, capsys):
 
     fonts = f"{matplotlib.get_data_path()}/fonts/ttf"
     monkeypatch.setattr(runner, "FONT_FOLDERS", (fonts,))
-    runner.font_file.cache_clear()
-    font = runner.font_for("Жук", 20)
-    assert isinstance(font, ImageFont.FreeTypeFont) and "DejaVu" in font.getname()[0]
+    font = ImageFont.truetype(runner.find_font("Жук"), 20)
+    assert "DejaVu" in font.getname()[0]
+    assert runner.find_font("beetle") == ""  # Pillow's own has these
     monkeypatch.setattr(runner, "FONT_FOLDERS", (str(tmp_path),))
-    runner.font_file.cache_clear()
-    runner.font_for("Жук", 20)
-    runner.font_for("Жук", 20)
+    assert runner.find_font("Жук") == ""
     assert capsys.readouterr().err.count("no installed font has all characters") == 1
-    runner.font_file.cache_clear()
+
+
+def test_the_runner_looks_for_a_font_once(runner, monkeypatch, tmp_path, capsys):
+    """For all class names, whichever are in an image."""
+    monkeypatch.setattr(runner, "FONT_FOLDERS", (str(tmp_path),))
+    image = Image.new("RGB", (90, 60))
+    box = {"score": 0.5, "bbox": [10, 10, 50, 40]}
+    names = ["猫", "狗", "cat"]
+    with runner.Output(str(tmp_path / "out"), [], names) as output:
+        for i, shown in enumerate(([0], [1], [0, 1], [2])):
+            detections = [{"class": names[j], "class_id": j, **box} for j in shown]
+            output.write({"image": f"{i}.png", "detections": detections}, image.copy(), 0.0)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: no installed font has all characters")
 
 
 def test_charts_write_names_as_they_are(tmp_path):

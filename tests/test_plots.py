@@ -213,6 +213,15 @@ def test_plot_features(run_here, opts, demo, tmp_path):
     assert_user_error(result, "no.jpg", "No such file")
 
 
+def test_features_do_not_replace_their_image(run_here, tmp_path):
+    photo, link = tmp_path / "photo.png", tmp_path / "link.png"
+    cv2.imwrite(str(photo), np.zeros((20, 30, 3), np.uint8))
+    link.hardlink_to(photo)
+    arguments = ["--config-file", DEMO_CONFIG, "--input", photo, "--output", link]
+    result = run_here("tools/plot_features.py", *arguments)
+    assert_user_error(result, "link.png is an input and would be replaced")
+
+
 # Training runs
 
 

@@ -26,6 +26,7 @@ from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.loader import TrainLoader
 from balanced_d2.evaluation import build_evaluator
 from balanced_d2.utils.errors import StopTraining, UserError
+from balanced_d2.utils.files import open_replacing
 from balanced_d2.utils.randomness import seed_all, seeded
 
 from .conftest import (
@@ -207,6 +208,20 @@ def test_a_failing_write_leaves_the_old_file(checkpointer, tmp_path, monkeypatch
     with pytest.raises(StopTraining, match="model.pth to .*: no space left on the disk; .*kept"):
         checkpointer.save("model", iteration=2)
     assert (tmp_path / "model.pth").read_bytes() == before
+
+
+def test_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    """As on Windows: then only the file is written to disk at once."""
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "open", refuse)
+        windows.setattr(os, "name", "nt")
+        with open_replacing(str(tmp_path / "a.json"), "w") as file:
+            file.write("whole")
+    assert (tmp_path / "a.json").read_text() == "whole"
 
 
 def test_weights_that_are_not_finite_are_not_saved(checkpointer, tmp_path):

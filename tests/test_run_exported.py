@@ -4,6 +4,8 @@ The model is a toy that a failure of the runner cannot hide in: it detects one b
 red values of an image plus (0, 0, 5, 5), with the mean of all values as its score.
 """
 
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -17,12 +19,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 
 from balanced_d2 import export
 from balanced_d2.export import run_exported
 
-from .conftest import assert_user_error
+from .conftest import TINY_CONFIG, assert_user_error
 
 RUNNER = run_exported.__file__
 
@@ -230,7 +233,9 @@ def test_threads_share_the_cores(inputs, run_here, tmp_path, monkeypatch):
     for options in (["--threads", "3"], []):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert run_here(RUNNER, model, inputs / "1.png", *options).returncode == 0
-    assert sessions == [3, 0]  # 0: all
+    monkeypatch.setenv("OMP_NUM_THREADS", " 2,1")  # of nested loops, too
+    assert run_here(RUNNER, model, inputs / "1.png").returncode == 0
+    assert sessions == [3, 0, 2]  # 0: all
 
 
 def test_no_image_is_overwritten(run_here, tmp_path):
@@ -246,6 +251,44 @@ def test_no_image_is_overwritten(run_here, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
     written = {path.name for path in folder.iterdir()} - {path.name for path in before}
     assert written == {"detections.jsonl", "a_3.png", "a_4.png", "a_2_2.png"}
+
+
+def test_arrays_do_not_replace_what_is_read(inputs, run_here, tmp_path):
+    """By whatever name, and before anything is loaded."""
+    model, photo = toy(tmp_path / "model.onnx"), inputs / "0.png"
+    (tmp_path / "link").hardlink_to(photo)
+    before = [path.read_bytes() for path in (model, photo)]
+    for arrays in (model, photo, tmp_path / "link"):
+        result = run_here(RUNNER, model, photo, "--arrays", arrays)
+        assert_user_error(result, f"--arrays {arrays} would replace what is read")
+        assert result.returncode == 2 and not result.stdout
+    assert [path.read_bytes() for path in (model, photo)] == before
+
+
+def test_pictures_of_a_run_differ_without_case_too(tmp_path):
+    output = run_exported.Output(str(tmp_path), [], [])
+    names = [output.picture_name(path).name for path in ("a/X.jpg", "b/x.jpg", "b/x_2.png")]
+    assert names == ["X.png", "x_2.png", "x_2_2.png"]
+
+
+def test_a_threshold_below_that_of_the_export_has_no_effect(inputs, run_here, tmp_path):
+    model = toy(tmp_path / "model.onnx", score_threshold=0.25)
+    note = "note: --threshold 0.2 has no effect below 0.25, the SCORE_THRESH_TEST of the export\n"
+    result = run_here(RUNNER, model, inputs / "0.png", "--threshold", "0.2")
+    assert result.returncode == 0 and result.stderr == note
+    result = run_here(RUNNER, model, inputs / "0.png", "--threshold", "0.25")
+    assert result.returncode == 0 and result.stderr == ""
+
+
+@pytest.mark.parametrize("size", [(320, 640), (800, 1333), (240, 426), (96, 200), (500, 400)])
+def test_images_are_scaled_to_detectron2s_size(size):
+    """For all sizes of images, but that no side has less than a pixel."""
+    sides = [*range(1, 240), *range(600, 640), *range(1198, 1240)]
+    for height, width in itertools.product(sides, sides):
+        expected = ResizeShortestEdge.get_output_shape(height, width, *size)
+        found = run_exported.network_size(width, height, *size)
+        assert found == (max(1, expected[1]), max(1, expected[0])), (height, width)
+    assert run_exported.network_size(30, 20, 0, 0) == (30, 20)
 
 
 def test_strips_keep_a_row(run_here, tmp_path):
@@ -307,6 +350,21 @@ def test_packages_that_are_missing(inputs, run_here, tmp_path, monkeypatch):
     assert_user_error(result, "model.onnx needs the package onnxruntime: pip install onnxruntime")
 
 
+def test_nothing_is_exported_that_could_not_be_verified(run_here, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    engines = {"onnxruntime", "openvino"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name in engines else find(name, *of)
+    )
+    arguments = ("--config-file", TINY_CONFIG, "--output", tmp_path / "out", "MODEL.WEIGHTS", "x")
+    for kind in ("onnx", "onnx-batch"):
+        result = run_here("tools/export_model.py", "--format", kind, *arguments)
+        assert_user_error(result, f"no engine for {kind}", "pip install onnxruntime", "--no-verify")
+    assert not (tmp_path / "out").exists()
+    result = run_here("tools/export_model.py", "--format", "onnx", "--no-verify", *arguments)
+    assert_user_error(result, "there is no file x")  # the next check
+
+
 def test_openvino_is_an_engine(inputs, run_here, tmp_path):
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     arguments = [RUNNER, toy(tmp_path / "model.onnx"), inputs, "--threshold", "0"]
@@ -330,6 +388,8 @@ def test_openvino_is_an_engine(inputs, run_here, tmp_path):
         (["x.png", "--batch-size", "-1"], ["--threads and --batch-size"]),
         (["x.png", "--repeat", "-1"], ["--repeat 0 or more"]),
         (["{empty}/../clip.avi", "--arrays", "a.npz"], ["--arrays is for a single image"]),
+        (["x.png", "--threshold", "50"], ["--threshold is 50, not in [0, 1]"]),
+        (["x.png", "--threshold", "nan"], ["--threshold is nan, not in [0, 1]"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, parts, run_here, tmp_path):

@@ -12,17 +12,22 @@ import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Set
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.data.datasets.register import register_from
 from balanced_d2.detection import Detector
 from balanced_d2.detection.tiles import check_tiling
 from balanced_d2.engine import add_model_arguments, config_from
-from balanced_d2.export.sample import IMAGES
+from balanced_d2.export.run_exported import IMAGES, VIDEOS
 from balanced_d2.utils.arguments import split_at_key
 from balanced_d2.utils.errors import UserError, first_of
-from balanced_d2.utils.files import check_writable, open_replacing, raise_if_unwritable
+from balanced_d2.utils.files import (
+    check_keeps_inputs,
+    check_writable,
+    open_replacing,
+    raise_if_unwritable,
+)
 from balanced_d2.visualization import as_records
 from balanced_d2.visualization.fonts import use_font_for
 from balanced_d2.visualization.video import VideoReader, create_video
@@ -35,7 +40,6 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 WINDOW = "balanced_d2: any key for the next, Esc or q to quit"
 ESCAPE = 27
 
@@ -77,19 +81,29 @@ def main(args: argparse.Namespace) -> None:
     use_font_for(tuple(detector.class_names))
     detect = functools.partial(detector, tile=args.tile, overlap=args.overlap)
 
-    num_detections, failed = 0, []
+    done, num_detections = 0, 0
+    failed: List[str] = []
     progress = tqdm(sources, desc="detecting", unit="file", disable=disable_bar(sources))
-    for source in progress:
-        try:
+    try:
+        for source in progress:
             process = process_video if source.is_video else process_image
-            num_detections += process(source, detector, detect, args.json)
-        except UserError as error:  # the other inputs are still processed
-            failed.append(str(error))
-        except Quit:
-            break
-    done = len(sources) - len(failed)
-    where = f", drawn in {args.output}" if args.output else ""
-    print(f"{done} of {len(sources)} input(s), {num_detections} detection(s){where}")
+            try:
+                for number in process(source, detector, detect, args.json):
+                    num_detections += number
+            except UserError as error:  # the other inputs are still processed
+                failed.append(str(error))
+            else:
+                done += 1
+    except Quit:
+        done += 1  # of which this was enough
+    except KeyboardInterrupt:
+        if not args.webcam:  # whose recording has no other end
+            raise
+        done += 1
+    finally:
+        progress.close()
+        where = f", drawn in {args.output}" if args.output else ""
+        print(f"{done} of {len(sources)} input(s), {num_detections} detection(s){where}")
     if failed:
         raise UserError(first_of(failed, number=10))
 
@@ -157,15 +171,18 @@ def picture(path: str, output: str, names: Set[str]) -> str:
     """Path of the picture of an image or video: its own name, with a number if that is taken.
 
     Args:
-        names: the names that are taken, without suffixes; the new one is added.
+        names: the names that are taken, without suffixes and case; the new one is added.
     """
     name, suffix = Path(path).stem, Path(path).suffix.lower()
     number = 1
-    while name in names:
+    while name.casefold() in names:  # which some file systems take for the same
         number += 1
         name = f"{Path(path).stem}_{number}"
-    names.add(name)
-    suffix = ".mp4" if suffix in VIDEOS else suffix if suffix in IMAGES else ".png"
+    names.add(name.casefold())
+    if suffix in VIDEOS:
+        suffix = ".mp4"
+    elif suffix not in IMAGES or suffix == ".gif":  # which has 256 colours
+        suffix = ".png"
     return os.path.join(output, name + suffix)
 
 
@@ -182,13 +199,9 @@ def check_output(sources: List[Source], output: Optional[str]) -> None:
             )
         return
     check_writable(os.path.join(output, "picture"), "the folder of --output,")
-    inputs = {os.path.realpath(source.path) for source in sources}
-    for source in sources:
-        if os.path.realpath(source.output or "") in inputs:
-            raise UserError(
-                f"{source.output} is an input and would be replaced by its picture: choose another "
-                "--output"
-            )
+    check_keeps_inputs(
+        (source.output for source in sources if source.output), (source.path for source in sources)
+    )
 
 
 def disable_bar(sources: List[Source]) -> Optional[bool]:
@@ -196,15 +209,18 @@ def disable_bar(sources: List[Source]) -> Optional[bool]:
     return True if len(sources) == 1 else None
 
 
-def process_image(source: Source, detector: Detector, detect: Detect, with_json: bool) -> int:
-    """Run the detector on an image and draw it; return the number of detections."""
+def process_image(
+    source: Source, detector: Detector, detect: Detect, with_json: bool
+) -> Iterator[int]:
+    """Run the detector on an image and draw it; yield the number of detections."""
     image = detector.read(source.path)
     detections = detect(image)
     rgb = Visualizer(image[:, :, ::-1], detector.metadata).draw_instance_predictions(detections)
     picture = rgb.get_image()[:, :, ::-1]
+    yield len(detections)
     if source.output is None:
         show(picture, wait=0)
-        return len(detections)
+        return
     _, content = cv2.imencode(Path(source.output).suffix, picture)
     with raise_if_unwritable(source.output), open_replacing(source.output, "wb") as file:
         file.write(content.tobytes())
@@ -213,20 +229,27 @@ def process_image(source: Source, detector: Detector, detect: Detect, with_json:
         records = as_records(detections, detector.class_names)
         record = {"image": source.path, "height": height, "width": width, "detections": records}
         write_json(source.json, record)
-    return len(detections)
 
 
-def process_video(source: Source, detector: Detector, detect: Detect, with_json: bool) -> int:
-    """Run the detector on each frame of a video or webcam; return the number of detections.
+def process_video(
+    source: Source, detector: Detector, detect: Detect, with_json: bool
+) -> Iterator[int]:
+    """Run the detector on each frame of a video or webcam; yield the numbers of detections.
 
-    Ctrl-C stops it; the frames written until then are kept.
+    When Ctrl-C stops it, the frames written until then are kept.
     """
     visualizer = VideoVisualizer(detector.metadata)
     writer = None
     frames: List[Dict] = []
-    num_detections = 0
     with ExitStack() as stack:
         video = stack.enter_context(VideoReader(0 if source.is_webcam else source.path))
+
+        @stack.callback  # also after Ctrl-C
+        def write_frames() -> None:
+            if frames:
+                content = {"video": source.path, "fps": video.fps, "frames": frames}
+                write_json(source.json, content)
+
         progress = tqdm(
             video,
             total=video.num_frames or None,
@@ -235,30 +258,24 @@ def process_video(source: Source, detector: Detector, detect: Detect, with_json:
             disable=None,
         )
         stack.enter_context(progress)
-        try:
-            for number, frame in enumerate(progress):
-                detections = detect(frame)
-                rgb = np.ascontiguousarray(frame[:, :, ::-1])
-                drawn = visualizer.draw_instance_predictions(rgb, detections).get_image()
-                picture = np.ascontiguousarray(drawn[:, :, ::-1])
-                if source.output is None:
-                    show(picture, wait=1)
-                else:
-                    if writer is None:
-                        size = picture.shape[1::-1]
-                        writer = stack.enter_context(create_video(source.output, video.fps, size))
-                    writer.write(picture)
-                if with_json:
-                    records = as_records(detections, detector.class_names)
-                    frames.append({"frame": number, "detections": records})
-                num_detections += len(detections)
-        except KeyboardInterrupt:
-            tqdm.write("interrupted: the frames until here are kept")
+        for number, frame in enumerate(progress):
+            detections = detect(frame)
+            rgb = np.ascontiguousarray(frame[:, :, ::-1])
+            drawn = visualizer.draw_instance_predictions(rgb, detections).get_image()
+            picture = np.ascontiguousarray(drawn[:, :, ::-1])
+            yield len(detections)
+            if source.output is None:
+                show(picture, wait=1)
+            else:
+                if writer is None:
+                    size = picture.shape[1::-1]
+                    writer = stack.enter_context(create_video(source.output, video.fps, size))
+                writer.write(picture)
+            if with_json:
+                records = as_records(detections, detector.class_names)
+                frames.append({"frame": number, "detections": records})
         if source.output and writer is None:
             raise UserError(f"cannot read the video {source.path}: no frame can be decoded")
-    if with_json:
-        write_json(source.json, {"video": source.path, "fps": video.fps, "frames": frames})
-    return num_detections
 
 
 def show(picture: np.ndarray, wait: int) -> None:

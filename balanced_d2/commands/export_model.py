@@ -39,6 +39,11 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.quantize and not args.format.startswith("onnx"):
         raise UserError(f"--quantize is for --format onnx and onnx-batch, not {args.format}")
+    if args.verify and not export.installed_engines(args.format):
+        raise UserError(
+            f"--verify runs the file, and no engine for {args.format} is installed: "
+            f"pip install {run_exported.default_engine()}, or give --no-verify"
+        )
     cfg = config_from(args)
     cfg.MODEL.DEVICE = "cpu"  # the exported model runs on any device
     check_weights(cfg, "export")

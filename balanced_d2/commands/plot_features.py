@@ -10,6 +10,7 @@ import os
 from balanced_d2.analysis.features import balance_levels, energy
 from balanced_d2.data.image import read_image
 from balanced_d2.engine import add_model_arguments, build_predictor, config_from
+from balanced_d2.utils.files import check_keeps_inputs
 from balanced_d2.visualization.feature_sheet import draw_features
 from balanced_d2.visualization.figure import place_picture, save_figure
 
@@ -17,6 +18,7 @@ from balanced_d2.visualization.figure import place_picture, save_figure
 def main(args: argparse.Namespace) -> None:
     cfg = config_from(args)
     picture = place_picture(args.output, cfg.OUTPUT_DIR, "features.png")
+    check_keeps_inputs([picture], [args.input])
     predictor = build_predictor(cfg, "visualize")
     image = read_image(args.input, gray_range=predictor.cfg.INPUT.GRAY_RANGE or None)
     levels = balance_levels(predictor, image)

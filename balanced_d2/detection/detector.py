@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.logger import log_first_n
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -24,8 +25,6 @@ from balanced_d2.utils.errors import UserError
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image
 Item = TypeVar("Item")
-
-logger = logging.getLogger(__name__)
 
 
 class Detector:
@@ -212,12 +211,13 @@ class Detector:
         """The detections in the tiles of an image, and those in the image as a whole that fit in no
         tile, as one; only a batch of tiles at a time is in memory."""
         height, width = image.shape[:2]
-        (whole,) = self._network([image])
         tiles = tiles_of(height, width, size, overlap)
         if len(tiles) == 1:
+            (whole,) = self._network([image])
             return whole
-        if whole.has("pred_masks"):
-            logger.warning("detections in tiles have no masks")
+        if self._network.has_masks:
+            log_first_n(logging.WARNING, "detections in tiles have no masks", name=__name__)
+        (whole,) = self._network([image], masks=False)
         # A tile sees better what it holds, at the scale that the model knows.
         boxes = whole.pred_boxes.tensor.numpy()
         whole = whole[torch.from_numpy(fits_in_none(boxes, tiles, height, width))]
@@ -226,7 +226,8 @@ class Detector:
         with tqdm(total=len(tiles), desc="tiles", unit="tile", disable=None, leave=False) as bar:
             for start in range(0, len(tiles), self.batch_size):
                 batch = tiles[start : start + self.batch_size]
-                parts = self._network([image[t.y1 : t.y2, t.x1 : t.x2] for t in batch])
+                images = [image[t.y1 : t.y2, t.x1 : t.x2] for t in batch]
+                parts = self._network(images, masks=False)
                 for tile, part in zip(batch, parts):
                     moved = _moved(part, tile, height, width)
                     found.append(moved)

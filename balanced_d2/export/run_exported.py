@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import queue
+import re
 import statistics
 import sys
 import time
@@ -105,6 +106,11 @@ class ExportedDetector:
         """The names of the model's outputs, in order."""
         return self.metadata.get("outputs", OUTPUTS)
 
+    @property
+    def score_threshold(self) -> float:
+        """The score below which the file has no detections; 0 if an older one does not say it."""
+        return self.metadata.get("score_threshold", 0.0)
+
     def __call__(self, array: np.ndarray) -> dict:
         """Run the model on an array (3, height, width).
 
@@ -153,12 +159,25 @@ class ExportedDetector:
 
     def network_size(self, width: int, height: int) -> tuple:
         """Width and height to which an image is scaled."""
-        if self.metadata["min_size"] == 0:
-            return width, height
-        scale = self.metadata["min_size"] / min(width, height)
-        if scale * max(width, height) > self.metadata["max_size"]:
-            scale = self.metadata["max_size"] / max(width, height)
-        return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+        return network_size(width, height, self.metadata["min_size"], self.metadata["max_size"])
+
+
+def network_size(width: int, height: int, min_size: int, max_size: int) -> tuple:
+    """Width and height to which Detectron2 scales an image, at least 1.
+
+    Args:
+        min_size: to which the shorter side is scaled; 0: the image is not scaled.
+        max_size: which the longer side may have.
+    """
+    if min_size == 0:
+        return width, height
+    # In Detectron2's two steps: another order of these products can round to another pixel.
+    scale = min_size / min(width, height)
+    sides = (width * scale, min_size) if height < width else (min_size, height * scale)
+    if max(sides) > max_size:
+        scale = max_size / max(sides)
+        sides = (sides[0] * scale, sides[1] * scale)
+    return max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5))
 
 
 def load(path: str, device: str, engine: Optional[str]) -> tuple:
@@ -304,7 +323,8 @@ def load_openvino(path: str, device: str):
 
 def engine_threads() -> int:
     """How many threads an engine takes for one input: as for PyTorch. 0: its own choice."""
-    return int(os.environ.get("OMP_NUM_THREADS") or 0)
+    first = re.match(r"\s*\d+", os.environ.get("OMP_NUM_THREADS", ""))  # of a list, such as "2,1"
+    return int(first[0]) if first else 0
 
 
 def default_engine() -> str:
@@ -320,17 +340,28 @@ def main(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # PyTorch's, about how the model was written
     if args.threads < 1 or args.batch_size < 1 or args.repeat < 0:
         raise UserError("--threads and --batch-size have to be 1 or more, --repeat 0 or more")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold is {args.threshold:g}, not in [0, 1]")
     files = list_files(args.images)
     items, number = list_items(files)
     if args.arrays and number != 1:
         raise UserError("--arrays is for a single image")
+    if args.arrays and identities([args.arrays]) & identities([args.model, *files]):
+        raise UserError(f"--arrays {args.arrays} would replace what is read: choose another file")
     if args.threads > 1:  # each with a share of the cores
         share = max(1, (os.cpu_count() or 1) // args.threads)
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
     detector = ExportedDetector(args.model, args.device, args.engine)
+    if args.threshold < detector.score_threshold:
+        report(
+            f"--threshold {args.threshold:g} has no effect below {detector.score_threshold:g}, the "
+            "SCORE_THRESH_TEST of the export",
+            "note",
+        )
     done = failed = 0
     start = time.perf_counter()
-    with Output(args.output, files) as output, bar(number) as progress:
+    names = detector.metadata["class_names"]
+    with Output(args.output, files, names) as output, bar(number) as progress:
         detect = functools.partial(detect_in, detector, repeat=args.repeat)
         for item, result in in_threads(detect, items, args.threads, args.batch_size):
             try:
@@ -339,7 +370,7 @@ def main(args: argparse.Namespace) -> int:
                 if args.arrays:
                     save_arrays(args.arrays, result.outputs)
                 outputs, size = in_pixels_of(result.image, result.array, result.outputs)
-                detections = describe(outputs, detector.metadata["class_names"], args.threshold)
+                detections = describe(outputs, names, args.threshold)
                 record = {"image": item.path, **size, "seconds": result.seconds}
                 if item.frame is not None:
                     record["frame"] = item.frame
@@ -632,9 +663,10 @@ def outlines(mask: np.ndarray, box: np.ndarray) -> list:
 class Output:
     """Writes the results to standard output, and to a folder if one is given."""
 
-    def __init__(self, folder: str, inputs: list):
+    def __init__(self, folder: str, inputs: list, class_names: list):
         self.folder = folder and Path(folder)
-        self.inputs = {identity(path) for path in inputs if os.path.exists(path)}
+        self.font = find_font("".join(class_names)) if folder else ""
+        self.inputs = identities(inputs)
         self.lines = None
         self.used = set()
         self.videos = {}  # by path of the input
@@ -663,7 +695,7 @@ class Output:
             self.lines.write(line + "\n")
             if image is None:
                 return
-            picture = draw(image, record["detections"])
+            picture = draw(image, record["detections"], self.font)
             if "frame" not in record:
                 picture.save(self.picture_name(record["image"]))
                 return
@@ -687,26 +719,30 @@ class Output:
         stem, number = Path(path).stem, 1
         while True:
             file = self.folder / (stem + (suffix if number == 1 else f"_{number}{suffix}"))
-            is_input = file.exists() and identity(file) in self.inputs
-            if file not in self.used and not is_input:
-                self.used.add(file)
+            name = file.name.casefold()  # which some file systems take for the same
+            if name not in self.used and not identities([file]) & self.inputs:
+                self.used.add(name)
                 return file
             number += 1
 
 
-def identity(path) -> tuple:
-    """What two names of one file have in common."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+def identities(paths) -> set:
+    """Of the files that are there, each the same under all its names."""
+    found = (os.stat(path) for path in paths if os.path.exists(path))
+    return {(file.st_dev, file.st_ino) for file in found}
 
 
-def draw(image: Image.Image, detections: list) -> Image.Image:
-    """The image with mask, box, label and keypoints of each detection, best ones on top."""
+def draw(image: Image.Image, detections: list, font_file: str) -> Image.Image:
+    """The image with mask, box, label and keypoints of each detection, best ones on top.
+
+    Args:
+        font_file: of find_font.
+    """
     image = draw_masks(image, detections)
     canvas = ImageDraw.Draw(image)
     line = max(1, round(min(image.size) / 300))
-    text = "".join(detection["class"] for detection in detections)
-    font = font_for(text, size=max(10, min(image.size) / 40))
+    size = max(10, min(image.size) / 40)
+    font = ImageFont.truetype(font_file, size) if font_file else ImageFont.load_default(size=size)
     for detection in reversed(detections):
         color = class_color(detection["class_id"])
         x1, y1, x2, y2 = detection["bbox"]
@@ -723,17 +759,12 @@ def draw(image: Image.Image, detections: list) -> Image.Image:
     return image
 
 
-def font_for(text: str, size: float):
-    """A font that has the characters of a text, if there is one: Pillow's own has Latin ones."""
+def find_font(text: str) -> str:
+    """The file of the installed font with the most characters of a text; "" for Pillow's own, which
+    has Latin ones."""
     if text.isascii():
-        return ImageFont.load_default(size=size)
-    path = font_file(frozenset(c for c in text if not c.isspace()))
-    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size=size)
-
-
-@functools.cache
-def font_file(characters: frozenset) -> str:
-    """The installed font with the most of some characters; "" if none has any."""
+        return ""
+    characters = {character for character in text if not character.isspace()}
     folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
     files = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in FONT_SUFFIXES]
     best, number = "", 0

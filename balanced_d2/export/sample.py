@@ -1,5 +1,6 @@
 """The images that a model is traced with, verified on and quantised by."""
 
+import logging
 from pathlib import Path
 from typing import Iterator, List
 
@@ -12,9 +13,11 @@ from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from balanced_d2.data.image import read_image
+from balanced_d2.export.run_exported import IMAGES, network_size
 from balanced_d2.utils.errors import UserError
 
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+logger = logging.getLogger(__name__)
+
 # As many images of a folder are enough to measure ranges on.
 MAX_CALIBRATION_IMAGES = 100
 
@@ -27,12 +30,13 @@ def sample_images(cfg: CfgNode, file: str = "") -> List[torch.Tensor]:
 
     Args:
         cfg: says size and order of the channels.
-        file: the image. By default the first one of ``DATASETS.TEST``, or noise if there is none.
+        file: the image. By default the first one of ``DATASETS.TEST``, or noise if there is none,
+            with a warning that says why.
 
     Raises:
         UserError: if ``file`` cannot be read.
     """
-    image = _resize(_read(file, cfg, "sample image") if file else _first_test_image(cfg), cfg)
+    image = scaled(_read(file, cfg, "sample image") if file else _first_test_image(cfg), cfg)
     height, width = image.shape[:2]
     sizes = [
         (height * 7 // 8, width * 5 // 6),
@@ -67,13 +71,22 @@ def calibration_images(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
     for file in files:  # a bad one is found before minutes have gone into the export
         read(file)
     progress = tqdm(files, desc="measuring ranges", unit="image", disable=None)
-    images = (_resize(read(file), cfg) for file in progress)
+    images = (scaled(read(file), cfg) for file in progress)
     return (image.transpose(2, 0, 1).astype(np.float32) for image in images)
 
 
-def _resize(image: np.ndarray, cfg: CfgNode) -> np.ndarray:
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    return resize.get_transform(image).apply_image(image)
+def scaled(image: np.ndarray, cfg: CfgNode) -> np.ndarray:
+    """An image as Detectron2's ``ResizeShortestEdge`` scales it for tests, but for its sides, which
+    keep a pixel each however thin it is.
+
+    Args:
+        image: shape (H, W, C).
+        cfg: says ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``.
+    """
+    height, width = image.shape[:2]
+    limits = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    new_width, new_height = network_size(width, height, *limits)
+    return T.ResizeTransform(height, width, new_height, new_width).apply_image(image)
 
 
 def _round_up(length: int, multiple: int) -> int:
@@ -85,10 +98,23 @@ def _read(file: str, cfg: CfgNode, what: str = "image") -> np.ndarray:
 
 
 def _first_test_image(cfg: CfgNode) -> np.ndarray:
+    reasons = []
     for dataset in cfg.DATASETS.TEST:
+        if dataset not in DatasetCatalog:
+            reasons.append(f"{dataset} is not registered (--register)")
+            continue
         try:
             return _read(DatasetCatalog.get(dataset)[0]["file_name"], cfg)
-        except (KeyError, IndexError, OSError, UserError):
-            continue
+        except IndexError:
+            reasons.append(f"{dataset} has no images")
+        except KeyError as error:
+            reasons.append(f"the records of {dataset} have no {error}")
+        except (OSError, UserError) as error:
+            reasons.append(" ".join(str(error).split()))
+    if reasons:
+        logger.warning(
+            "note: noise is taken for an image to trace and verify with (--sample-image): "
+            + "; ".join(reasons)
+        )
     blocks = np.random.default_rng(0).integers(256, size=(15, 20, 3), dtype=np.uint8)
     return cv2.resize(blocks, (640, 480), interpolation=cv2.INTER_CUBIC)

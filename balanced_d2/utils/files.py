@@ -3,7 +3,7 @@
 import os
 import tempfile
 from contextlib import contextmanager
-from typing import IO, Iterator
+from typing import IO, Iterable, Iterator, Tuple
 
 from balanced_d2.utils.errors import UserError
 
@@ -18,6 +18,20 @@ def check_writable(path: str, what: str = "the folder") -> None:
     with raise_if_unwritable(f"{what} {folder}"):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_keeps_inputs(outputs: Iterable[str], inputs: Iterable[str]) -> None:
+    """Raise :class:`UserError` if an output is one of the inputs, by whatever name: another path,
+    a link, or other upper and lower case where the file system does not tell these apart."""
+    read = {_identity(path) for path in inputs if os.path.exists(path)}
+    for path in outputs:
+        if os.path.exists(path) and _identity(path) in read:
+            raise UserError(f"{path} is an input and would be replaced: choose another --output")
+
+
+def _identity(path: str) -> Tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 @contextmanager
@@ -53,6 +67,8 @@ def open_replacing(path: str, mode: str, **kwargs) -> Iterator[IO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    if os.name == "nt":  # where folders cannot be opened
+        return
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)  # writes the new name to disk

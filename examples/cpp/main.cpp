@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <optional>
 #include <regex>
 #include <stdexcept>
 #include <string>
@@ -45,7 +46,7 @@ class Metadata {
   explicit Metadata(const std::string& path) {
     caffe2::serialize::PyTorchStreamReader reader(path);
     if (!reader.hasRecord("extra/balanced_d2.json")) {
-      throw std::runtime_error(path + " was not written by export_model.py");
+      throw std::runtime_error("it was not written by export_model.py");
     }
     const auto [data, size] = reader.getRecord("extra/balanced_d2.json");
     json_.assign(static_cast<const char*>(data.get()), size);
@@ -84,6 +85,9 @@ class Metadata {
 
   std::string json_;
 };
+
+// The newest that is known; files of the first version have no number, and no format either.
+constexpr int64_t FORMAT_VERSION = 2;
 
 struct Detections {
   Tensor boxes, scores, classes;
@@ -128,14 +132,22 @@ Tensor read_image(const std::string& path) {
 
 // The network's input, scaled as in training: bilinear with antialiasing, as Pillow does.
 Tensor preprocess(const Tensor& image, const Metadata& metadata) {
-  const double height = image.size(1), width = image.size(2);
+  double height = image.size(1), width = image.size(2);
   Tensor input = image.unsqueeze(0);
   if (const double min_size = metadata.number("min_size"); min_size > 0) {
-    const double max_size = metadata.number("max_size");
-    const double scale =
-        std::min(min_size / std::min(height, width), max_size / std::max(height, width));
-    const auto scaled = [&](double length) { return static_cast<int64_t>(length * scale + 0.5); };
-    input = at::_upsample_bilinear2d_aa(input, {scaled(height), scaled(width)}, false);
+    // In Detectron2's two steps: another order of these products can round to another pixel.
+    const double max_size = metadata.number("max_size"), scale = min_size / std::min(height, width);
+    const bool is_wide = height < width;
+    height = is_wide ? min_size : height * scale;
+    width = is_wide ? width * scale : min_size;
+    if (const double longer = std::max(height, width); longer > max_size) {
+      height *= max_size / longer;
+      width *= max_size / longer;
+    }
+    const auto pixels = [](double length) {
+      return std::max<int64_t>(1, static_cast<int64_t>(length + 0.5));
+    };
+    input = at::_upsample_bilinear2d_aa(input, {pixels(height), pixels(width)}, false);
   }
   if (metadata.text("input_format") == "BGR") input = input.flip(1);
   return input[0].to(at::kFloat).contiguous();
@@ -147,13 +159,25 @@ std::string quoted(const std::string& text) {
   return '"' + result + '"';
 }
 
+// Detections with boxes in pixels of the image and inside it, without those that are empty there.
+Detections in_pixels_of(const Tensor& image, const Tensor& input, const Detections& found) {
+  const auto size = [](const Tensor& t) {
+    return at::tensor({t.size(2), t.size(1), t.size(2), t.size(1)}, at::kFloat);
+  };
+  const Tensor zero = at::zeros({}, at::kFloat);
+  const Tensor boxes = (found.boxes * (size(image) / size(input))).clamp(zero, size(image));
+  const Tensor kept = (boxes.slice(1, 2) > boxes.slice(1, 0, 2)).all(1).nonzero().squeeze(1);
+  const auto chosen = [&](const Tensor& t) { return t.index_select(0, kept); };
+  return {chosen(boxes), chosen(found.scores), chosen(found.classes)};
+}
+
 void print(const std::string& path, const Tensor& image, const Detections& found,
-           const Tensor& boxes, const std::vector<std::string>& names) {
+           const std::vector<std::string>& names) {
   std::printf("{\"image\": %s, \"height\": %ld, \"width\": %ld, \"detections\": [",
               quoted(path).c_str(), static_cast<long>(image.size(1)),
               static_cast<long>(image.size(2)));
-  const auto box = boxes.accessor<float, 2>();
-  for (int64_t i = 0; i < boxes.size(0); i++) {
+  const auto box = found.boxes.accessor<float, 2>();
+  for (int64_t i = 0; i < found.boxes.size(0); i++) {
     const auto label = found.classes[i].item<int64_t>();
     std::printf("%s{\"bbox\": [%.2f, %.2f, %.2f, %.2f], \"class\": %s, \"class_id\": %ld, "
                 "\"score\": %.6f}",
@@ -167,9 +191,30 @@ void detect(const std::string& path, const Detector& detector, const Metadata& m
   const Tensor image = read_image(path);
   const Tensor input = preprocess(image, metadata);
   const Detections found = detector(input);
-  const auto scale = [&](int dim) { return float(image.size(dim)) / float(input.size(dim)); };
-  const Tensor boxes = found.boxes * at::tensor({scale(2), scale(1), scale(2), scale(1)});
-  print(path, image, found, boxes.contiguous(), metadata.texts("class_names"));
+  print(path, image, in_pixels_of(image, input, found), metadata.texts("class_names"));
+}
+
+Detector load(const std::string& path, const Metadata& metadata) {
+  const std::string format = metadata.text("format");
+  if (metadata.number("format_version") > FORMAT_VERSION) {
+    throw std::runtime_error("its format is newer than this program knows");
+  }
+  if (format == "torchscript") return load_torchscript(path);
+  if (format == "aoti") return load_aoti(path, metadata.number("size_divisibility"));
+  throw std::runtime_error("a file of the format " + format + " cannot be run from C++");
+}
+
+// Whether a function ends without an error, which is printed.
+bool succeeds(const char* path, const std::function<void()>& function) {
+  try {
+    function();
+    return true;
+  } catch (const c10::Error& error) {
+    std::cerr << "error: " << path << ": " << error.what_without_backtrace() << "\n";
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << path << ": " << error.what() << "\n";
+  }
+  return false;
 }
 
 }  // namespace
@@ -179,25 +224,17 @@ int main(int argc, char** argv) {
     std::cerr << "usage: detect MODEL IMAGE ...\n";
     return 2;
   }
-  try {
-    const c10::InferenceMode no_gradients;
+  const c10::InferenceMode no_gradients;
+  std::optional<Metadata> metadata;
+  Detector detector;
+  bool is_good = succeeds(argv[1], [&] {
     load_operators();
-    const Metadata metadata(argv[1]);
-    const std::string format = metadata.text("format");
-    Detector detector;
-    if (format == "torchscript") {
-      detector = load_torchscript(argv[1]);
-    } else if (format == "aoti") {
-      detector = load_aoti(argv[1], metadata.number("size_divisibility"));
-    } else {
-      throw std::runtime_error("a file of the format " + format + " cannot be run from C++");
-    }
-    for (int i = 2; i < argc; i++) detect(argv[i], detector, metadata);
-  } catch (const c10::Error& error) {
-    std::cerr << "error: " << error.what_without_backtrace() << "\n";
-    return 1;
-  } catch (const std::exception& error) {
-    std::cerr << "error: " << error.what() << "\n";
-    return 1;
+    metadata.emplace(argv[1]);
+    detector = load(argv[1], *metadata);
+  });
+  if (!is_good) return 1;
+  for (int i = 2; i < argc; i++) {  // one that is bad stops no others
+    is_good &= succeeds(argv[i], [&] { detect(argv[i], detector, *metadata); });
   }
+  return is_good ? 0 : 1;
 }
