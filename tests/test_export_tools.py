@@ -443,6 +443,7 @@ def test_export_tells_what_is_wrong(options, opts, parts, weights, tmp_path, mon
         fill = ["--output", str(tmp_path / "output"), *fill]
     arguments = ["export_model.py", "--config-file", TINY_CONFIG, *fill]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)  # whose classes could be others
     tool = load_tool("export_model")
     assert report_user_errors(tool.main, tool.parse_args()) == 2
     said = capsys.readouterr().err

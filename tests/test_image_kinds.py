@@ -1,6 +1,7 @@
 """Images of every kind: read right, the same everywhere, or refused with their path."""
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,14 @@ def test_eight_bits_have_no_range_and_detectron2s_pixels(tmp_path):
     ours, theirs = (mapper(cfg, is_train=True)(record) for mapper in (ImageMapper, DatasetMapper))
     assert torch.equal(ours["image"], theirs["image"])
     assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_no_side_is_scaled_to_nothing(tmp_path, is_train):
+    write_data(tmp_path, {"a.png": np.zeros((1, 3000, 3), np.uint8)})
+    mapper = pickle.loads(pickle.dumps(ImageMapper(load_config("", []), is_train=is_train)))
+    (record,) = DatasetCatalog.get(NAME)
+    assert mapper(record)["image"].shape == (3, 1, 1333)
 
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])

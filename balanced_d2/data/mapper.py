@@ -5,12 +5,24 @@ from unittest import mock
 
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
 
 from balanced_d2.data.image import read_image
 
 
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, which rounds the shorter side of a very long image to 0."""
+
+    def get_transform(self, image):
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
 class ImageMapper(DatasetMapper):
-    """Detectron2's mapper, which reads gray images of more than 8 bits in their full range.
+    """Detectron2's mapper, which reads gray images of more than 8 bits in their full range, and
+    scales no side of an image to nothing.
 
     Args: as for ``DatasetMapper``, and:
         gray_range: ``INPUT.GRAY_RANGE``; 0 refuses such images.
@@ -23,7 +35,11 @@ class ImageMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
-        return {**super().from_config(cfg, is_train), "gray_range": cfg.INPUT.GRAY_RANGE}
+        arguments = super().from_config(cfg, is_train)
+        for augmentation in arguments["augmentations"]:
+            if type(augmentation) is T.ResizeShortestEdge:
+                augmentation.__class__ = ResizeShortestEdge
+        return {**arguments, "gray_range": cfg.INPUT.GRAY_RANGE}
 
     def __call__(self, dataset_dict: Dict):
         def read(file_name: str, format=None):
