@@ -213,11 +213,18 @@ def test_unknown_and_missing_commands():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_the_command_names_itself_for_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["balanced-d2 train", "--num-gpus", "2"])
+@pytest.mark.parametrize(
+    "program, named",
+    [
+        ("balanced-d2 train", "-m balanced_d2 train"),
+        ("/home/me/balanced-d2 x/train_net.py", "/home/me/balanced-d2 x/train_net.py"),
+    ],
+)
+def test_the_command_names_itself_for_torchrun(program, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--num-gpus", "2"])
     args = argument_parser().parse_args()
     assert run(lambda args: None, args) == 2
-    assert "--nproc-per-node 2 -m balanced_d2 train ..." in capsys.readouterr().err
+    assert f"--nproc-per-node 2 {named} ..." in capsys.readouterr().err
 
 
 def test_every_command_and_script_is_one_program():
