@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 import balanced_d2
 from balanced_d2 import load_config, model_zoo
+from balanced_d2.__main__ import main
 from balanced_d2.config.zoo import find_config
 from balanced_d2.engine import argument_parser, run
 from balanced_d2.utils.errors import UserError
@@ -210,6 +211,16 @@ def test_unknown_and_missing_commands():
     result = run_program("-m", "balanced_d2", "trian")
     assert result.returncode == 2 and "'trian'" in result.stderr and "'train'" in result.stderr
     assert "balanced-d2 COMMAND" in run_program("-m", "balanced_d2").stdout
+
+
+@pytest.mark.parametrize("name", ["run-exported", "install-detectron2", "check"])
+def test_usage_says_what_was_typed(name, monkeypatch, capsys):
+    """Also of the programs that are files which run alone."""
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith(f"usage: balanced-d2 {name} [-h] ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
