@@ -3,8 +3,10 @@
 The real downloads and installations are tested by every set-up of the project.
 """
 
+import configparser
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -451,6 +453,19 @@ def test_set_up_refuses_an_old_python(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     with pytest.raises(installer.InstallError, match=r"3\.10\.1; use another one"):
         set_up.check_python()
+
+
+@pytest.mark.parametrize("extra", ["docs", "onnx", "pretrained", "study", "test"])
+def test_requirements_have_the_extras(extra):
+    """No test is skipped in the environment of set-up for a package that an extra names."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    names = {name: set(re.findall(r"^[\w-]+", extras[name], re.MULTILINE)) for name in extras}
+    assert names[extra]
+    for name in names[extra]:
+        assert set_up.pinned_version(ROOT / "requirements.txt", name)
+    assert names["onnx"] <= names["test"]
 
 
 def test_requirements_have_the_pins_that_set_up_needs():
