@@ -5,7 +5,6 @@ It imports only what the chosen command needs, so that help and installation nee
 
 import argparse
 import importlib
-import runpy
 import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -71,8 +70,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     # As if the command were a program of its own.
     sys.argv = [f"{PROGRAM} {name}", *command.arguments, *rest]
     if name in ALONE:
-        runpy.run_path(str(Path(__file__).parent / command.module), run_name="__main__")
-        return 0
+        path = Path(__file__).parent / command.module
+        code = compile(path.read_bytes(), path, "exec")
+        # Not by runpy, which puts the name of the file into sys.argv.
+        exec(code, {"__name__": "__main__", "__file__": str(path)})
+        raise AssertionError(f"{path} has to end with sys.exit")
     try:
         program = importlib.import_module(f"balanced_d2.commands.{command.module}")
     except ImportError as error:

@@ -69,7 +69,7 @@ def _read(config_path: str, trained: bool) -> CfgNode:
     file = get_config_file(config_path)
     if trained:
         raise UserError(
-            f"{config_path} has no trained weights: none have been published; MODEL_ZOO.md says "
-            "which weights of other projects can be converted"
+            f"{config_path} has no trained weights: none have been published; balanced-d2 "
+            "convert-mmdet and balanced-d2 convert-torchvision convert those of other projects"
         )
     return read_config(file)

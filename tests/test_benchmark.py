@@ -16,9 +16,9 @@ from .conftest import assert_user_error, run_program
 pytestmark = pytest.mark.slow
 
 
-def test_runs_on_tiny_sizes(tmp_path):
+def test_runs_on_the_smallest_sizes(tmp_path):
     result = run_program(
-        *("tools/benchmark.py", "--scale", "0.08", "--turns", "1"),
+        *("tools/benchmark.py", "--scale", "0.05", "--turns", "1"),
         *("--output", tmp_path / "figures.json"),
     )
     assert result.returncode == 0, result.stderr
@@ -61,6 +61,9 @@ def test_exported_models(tmp_path, capsys):
     [
         (["--turns", "0"], "--turns has to be 1 or more"),
         (["--scale", "2"], "--scale"),
+        (["--scale", "0.01"], "--scale from 0.05"),
+        (["--output", "setup.cfg/figures.json"], "cannot write to the folder setup.cfg"),
+        (["--output", "tests"], "tests is a folder"),
         (["--only", "parts", "--device", "cuda"], "needs CUDA"),
     ],
 )

@@ -1,7 +1,9 @@
 """tools/check_dataset.py: findings, summary, images and exit codes."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import cv2
@@ -12,7 +14,7 @@ from PIL import Image
 
 from balanced_d2.utils.errors import report_user_errors
 
-from .conftest import load_tool, run_program
+from .conftest import ROOT, load_tool, run_program
 
 
 @pytest.fixture
@@ -111,6 +113,49 @@ def test_images_of_another_name_and_what_is_left_out(check, data, monkeypatch, c
     assert (
         f"'yolo': left out 1 text file(s) without an image: {yolo}/z.txt" in capsys.readouterr()[0]
     )
+
+
+@pytest.mark.parametrize(
+    "body, error",
+    [
+        ("[print('x' * 99) for _ in range(10000)]", ""),
+        ("print('x')", ""),  # which is written at the end only
+        ("print('x'); raise UserError('wrong')", "error: wrong\n"),
+        ("print('x' * 99999)", ""),  # more than the buffer takes
+    ],
+)
+def test_output_that_nobody_reads(body, error, monkeypatch):
+    """As after ``| head``: no command shows a traceback then."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    result = run_without_reader(body)
+    assert (result.returncode, result.stderr) == (1, error)
+
+
+def test_another_pipe_that_breaks_is_no_secret():
+    result = run_without_reader("raise BrokenPipeError('of a worker')", stdout=subprocess.PIPE)
+    assert "BrokenPipeError: of a worker" in result.stderr and result.returncode == 1
+
+
+def run_without_reader(body, **kwargs):
+    """The end of a process whose program has this body, its standard output a broken pipe."""
+    program = (
+        "import sys; from balanced_d2.utils.errors import *\n"
+        f"def main(): {body}\n"
+        "sys.exit(report_user_errors(main))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            **{"stdout": writer, **kwargs},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
 
 
 def test_crowds_are_not_usable(check, data):

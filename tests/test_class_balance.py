@@ -321,6 +321,9 @@ def test_repeat_factors_that_repeat_nothing(caplog):
 
 def test_threshold_of_repeat_factors():
     assert repeat_threshold([448, 100, 52], 448) == pytest.approx(200 / 448, abs=5e-4)
+    # Of very many classes; 0.0014 and 0.00042 are not 0.001 and 0.
+    assert repeat_threshold([140, 140], 100_000) == 0.0014
+    assert repeat_threshold([83, 1], 100_000) == 0.00042
 
 
 @pytest.mark.parametrize(

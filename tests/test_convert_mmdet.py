@@ -38,7 +38,7 @@ MODELS = {
 def state_dict(name, num_classes=80):
     """Tensors that differ from each other, by MMDetection's names."""
     if not KEYS.is_dir():
-        pytest.skip("needs mmdet_keys in ../shared/data, which this machine has not")
+        pytest.skip("needs mmdet_keys in ../shared/data, which does not exist")
     of_classes = {81: num_classes + 1, 320: 4 * num_classes, 720: 9 * num_classes}
     state = OrderedDict()
     for key, shape in json.loads((KEYS / f"{name}.json").read_text()).items():

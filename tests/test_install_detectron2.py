@@ -3,8 +3,10 @@
 The real downloads and installations are tested by every set-up of the project.
 """
 
+import configparser
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -208,19 +210,75 @@ def test_a_failing_import_names_the_package_that_fails(site_packages):
 def test_a_wheel_of_another_version_of_the_program_is_replaced(site_packages):
     python, folder = site_packages
     write_package(folder, "detectron2", version="0.6+pure.r00000000")
-    assert_user_error(run_installer(python), "torch is not installed")  # it has started to install
+    assert_user_error(run_installer(python), "pip is not installed")  # it has started to install
     assert (folder / "detectron2").exists()
+
+
+MARKER = "install_detectron2_unfinished"
 
 
 def test_leftovers_of_an_interrupted_installation_are_removed(site_packages):
     python, folder = site_packages
     write_package(folder, "detectron2", version="0.6+pure.r00000000")
     write_package(folder, "other", version="1.0")
-    (folder / "install_detectron2_unfinished").touch()
+    (folder / MARKER).touch()
     result = run_installer(python)
     assert "removing the leftovers of an interrupted installation" in result.stdout
-    assert_user_error(result, "torch is not installed")
+    assert_user_error(result, "pip is not installed")
     assert sorted(path.name for path in folder.iterdir()) == ["other", "other-1.0.dist-info"]
+
+
+@pytest.fixture
+def half_installed(tmp_path, monkeypatch):
+    """A folder of packages in which pip has failed to install the wheel, after some of its files,
+    the last of which is not complete."""
+    folder, wheel = tmp_path / "packages", tmp_path / "detectron2-0.6+pure.r1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("__init__", "structures", "layers"):
+            archive.writestr(f"detectron2/{name}.py", "a = 1  # a line")
+
+    def fail(*arguments, **environment):
+        write_package(folder, "detectron2", "a = 1  # a line")
+        (folder / "detectron2" / "structures.py").write_text("a = 1  #")
+        return subprocess.CompletedProcess(arguments, 1, "", "ERROR: no space")
+
+    monkeypatch.setattr(installer.sysconfig, "get_path", lambda name: str(folder))
+    folder.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(installer.InstallError, match="no space"):
+        patch.setattr(installer, "pip", fail)
+        installer.install(wheel)
+    return folder
+
+
+def test_leftovers_without_metadata_are_recognized(half_installed):
+    (half_installed / "detectron2" / "__pycache__").mkdir()
+    (half_installed / "detectron2" / "__pycache__" / "a.cpython-311.pyc").touch()
+    installer.remove_leftovers()
+    assert not list(half_installed.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["installed", "without metadata", "changed", "earlier marker"])
+def test_another_detectron2_is_not_removed_for_leftovers(half_installed, kind):
+    """One that the user has installed after an installation of ours had failed."""
+    package = half_installed / "detectron2"
+    if kind == "installed":
+        (half_installed / "detectron2-0.6.dist-info").mkdir()
+    elif kind == "without metadata":
+        (package / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    elif kind == "changed":
+        (package / "layers.py").write_text("a = 1  # a longer line")
+    else:
+        (half_installed / MARKER).write_text("")
+    before = sorted(half_installed.rglob("*"))
+    assert half_installed / MARKER in before
+    installer.remove_leftovers()
+    assert sorted([*half_installed.rglob("*"), half_installed / MARKER]) == before
+
+
+def test_without_pip(site_packages):
+    """As in an environment of uv."""
+    python, _ = site_packages
+    assert_user_error(run_installer(python), "pip is not installed", "-m ensurepip", "uv pip")
 
 
 # --- The environment of `make setup` ---------------------------------------------------------
@@ -395,6 +453,19 @@ def test_set_up_refuses_an_old_python(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     with pytest.raises(installer.InstallError, match=r"3\.10\.1; use another one"):
         set_up.check_python()
+
+
+@pytest.mark.parametrize("extra", ["docs", "onnx", "pretrained", "study", "test"])
+def test_requirements_have_the_extras(extra):
+    """No test is skipped in the environment of set-up for a package that an extra names."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    names = {name: set(re.findall(r"^[\w-]+", extras[name], re.MULTILINE)) for name in extras}
+    assert names[extra]
+    for name in names[extra]:
+        assert set_up.pinned_version(ROOT / "requirements.txt", name)
+    assert names["onnx"] <= names["test"]
 
 
 def test_requirements_have_the_pins_that_set_up_needs():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 
@@ -46,19 +45,29 @@ def as_python(source):
     return re.sub(r"^!(.*)$", lambda found: f"shell({found[1]!r})", joined, flags=re.MULTILINE)
 
 
+def test_own_data_and_environment(tmp_path, monkeypatch):
+    """The first cell takes any folder for the data, and no command needs to be on the PATH."""
+    first, *others = ("".join(cell["source"]) for cell in cells("code"))
+    assert "\nDATA = SHAPES\n" in first
+    own = tmp_path / "own"
+    (own / "val").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(first.replace("DATA = SHAPES", f"DATA = Path({str(own)!r})"), names)
+    assert [path.name for path in own.iterdir()] == ["val"]
+    assert names["BALANCED_D2"] == f'"{sys.executable}" -m balanced_d2'
+    commands = re.findall("^!(.*)", "\n".join(others), re.MULTILINE)
+    assert len(commands) == 4 and all(c.startswith("{BALANCED_D2} ") for c in commands)
+
+
 @pytest.mark.slow
 def test_it_runs(tmp_path):
     program = BEFORE + "\n".join(as_python("".join(cell["source"])) for cell in cells("code"))
-    command = tmp_path / "bin" / "balanced-d2"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m balanced_d2 "$@"\n')
-    command.chmod(0o755)
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         cwd=tmp_path,
         env={
             **os.environ,
-            "PATH": f"{command.parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "MPLBACKEND": "Agg",
             "OMP_NUM_THREADS": "1",

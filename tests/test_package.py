@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 import balanced_d2
 from balanced_d2 import load_config, model_zoo
+from balanced_d2.__main__ import main
 from balanced_d2.config.zoo import find_config
 from balanced_d2.engine import argument_parser, run
 from balanced_d2.utils.errors import UserError
@@ -212,12 +213,29 @@ def test_unknown_and_missing_commands():
     assert "balanced-d2 COMMAND" in run_program("-m", "balanced_d2").stdout
 
 
+@pytest.mark.parametrize("name", ["run-exported", "install-detectron2", "check"])
+def test_usage_says_what_was_typed(name, monkeypatch, capsys):
+    """Also of the programs that are files which run alone."""
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith(f"usage: balanced-d2 {name} [-h] ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_the_command_names_itself_for_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["balanced-d2 train", "--num-gpus", "2"])
+@pytest.mark.parametrize(
+    "program, named",
+    [
+        ("balanced-d2 train", "-m balanced_d2 train"),
+        ("/home/me/balanced-d2 x/train_net.py", "/home/me/balanced-d2 x/train_net.py"),
+    ],
+)
+def test_the_command_names_itself_for_torchrun(program, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--num-gpus", "2"])
     args = argument_parser().parse_args()
     assert run(lambda args: None, args) == 2
-    assert "--nproc-per-node 2 -m balanced_d2 train ..." in capsys.readouterr().err
+    assert f"--nproc-per-node 2 {named} ..." in capsys.readouterr().err
 
 
 def test_every_command_and_script_is_one_program():

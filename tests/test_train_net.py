@@ -140,6 +140,25 @@ def test_contact_sheet(trained, tiny_coco, tmp_path, run_here):
     assert_user_error(run_here("tools/contact_sheet.py", other, *arguments), "image 77")
 
 
+def test_mistakes_at_a_contact_sheet(tiny_coco, tmp_path, run_here):
+    """All are found before anything is drawn."""
+    predictions = tmp_path / "predictions.json"
+    predictions.write_text("[]")
+
+    def draw(output, *more):
+        data = ("--register", "tiny", tiny_coco, tiny_coco.parent / "images", "--dataset", "tiny")
+        return run_here("tools/contact_sheet.py", predictions, "--output", output, *data, *more)
+
+    assert_user_error(draw(tmp_path / "a.xyz"), "a.xyz", "has to end in", ".png")
+    assert_user_error(draw(tmp_path / "a.svg"), "a.svg", "has to end in", ".png")
+    assert_user_error(draw(predictions / "a.png"), "cannot write to the folder", "json")
+    for number in ("0", "-1"):
+        result = draw(tmp_path / "a.png", "--num-images", number)
+        assert_user_error(result, f"--num-images is {number}", "at least 1")
+    assert draw(tmp_path / "sheet", "--num-images", "1").returncode == 0
+    assert cv2.imread(str(tmp_path / "sheet" / "contact_sheet.png")).std() > 10
+
+
 def empty(folder):
     """A file of weights that says nothing of its model."""
     torch.save({"model": {}}, folder / "empty.weights")

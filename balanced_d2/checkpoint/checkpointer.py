@@ -453,7 +453,7 @@ def _newest(folder: str) -> str:
     if unreadable and not readable:
         raise UserError(
             f"--resume: none of the checkpoints in {folder} can be read: {first_of(problems)}; "
-            "repair one, or begin anew with --overwrite or another OUTPUT_DIR"
+            "repair one, or start again with --overwrite or another OUTPUT_DIR"
         )
     logger = logging.getLogger(__name__)
     for problem in problems:

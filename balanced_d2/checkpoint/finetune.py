@@ -50,7 +50,7 @@ _BOX_SIZES = (4, 5)  # the second of rotated boxes
 _KINDS = (
     (
         r"(module\.)?(neck|bbox_head|roi_head)\.",
-        "a model of MMDetection, whose Libra R-CNNs tools/convert_mmdet_weights.py converts",
+        "a model of MMDetection, whose Libra R-CNNs balanced-d2 convert-mmdet converts",
     ),
     (r"backbone\.body\.", "a detector of torchvision"),
     (r"layer1\.0\.conv1\.weight", "a ResNet by the names of torchvision"),

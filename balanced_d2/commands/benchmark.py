@@ -15,6 +15,7 @@ from pathlib import Path
 from balanced_d2.benchmark import PARTS, Bench
 from balanced_d2.engine.speed import has_fast_bfloat16
 from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.files import check_writable, raise_if_unwritable
 
 # isort: split
 import detectron2
@@ -22,6 +23,8 @@ import torch
 
 # Export takes minutes, and packages that not everyone has.
 DEFAULT_PARTS = [part for part in PARTS if part != "export"]
+# Below, images would be smaller than the strides of a pyramid.
+MIN_SCALE = 0.05
 
 
 def processor() -> str:
@@ -34,9 +37,11 @@ def processor() -> str:
 
 def main(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs CUDA, which this machine has not")
-    if args.turns < 1 or not 0 < args.scale <= 1:
-        raise UserError("--turns has to be 1 or more, and --scale above 0 and at most 1")
+        raise UserError("--device cuda needs CUDA, which is not available")
+    if args.turns < 1 or not MIN_SCALE <= args.scale <= 1:
+        raise UserError(f"--turns has to be 1 or more, and --scale from {MIN_SCALE} to 1")
+    if args.output:
+        check_output(args.output)
     machine = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
@@ -52,12 +57,16 @@ def main(args: argparse.Namespace) -> None:
     for name in args.only or DEFAULT_PARTS:
         PARTS[name](bench, args.scale)
     if args.output:
-        try:
-            Path(args.output).write_text(
-                json.dumps({"machine": machine, "results": bench.results}, indent=1) + "\n"
-            )
-        except OSError as error:
-            raise UserError(f"cannot write {args.output}: {error.strerror}") from error
+        text = json.dumps({"machine": machine, "results": bench.results}, indent=1)
+        with raise_if_unwritable(args.output):
+            Path(args.output).write_text(text + "\n")
+
+
+def check_output(path: str) -> None:
+    """Raise :class:`UserError` if figures could not be written to a file."""
+    if Path(path).is_dir():
+        raise UserError(f"--output {path} is a folder; give the name of a file in it")
+    check_writable(path)
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,7 +77,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--turns", type=int, default=9, help="runs of each variant (default: 9)")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="scale of all images, for a quick look"
+        "--scale",
+        type=float,
+        default=1.0,
+        help=f"scale of all images, for a quick look, from {MIN_SCALE} to 1 (default: 1)",
     )
     parser.add_argument("--output", metavar="FILE.json", help="also write all figures there")
     return parser.parse_args()

@@ -2,7 +2,7 @@
 
 The file is DIR/model.ts (torchscript), .pt2 (pt2), .aoti.pt2 (aoti), .onnx (onnx) or .batch.onnx
 (onnx-batch), and with --quantize also .int8.onnx or .batch.int8.onnx.
-tools/run_exported.py runs any of them, without Detectron2.
+balanced-d2 run-exported runs any of them, without Detectron2.
 """
 
 import argparse

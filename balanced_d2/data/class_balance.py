@@ -48,13 +48,14 @@ def count_classes(names: str | Sequence[str]) -> List[int]:
 
 def repeat_threshold(class_images: Sequence[int], num_images: int) -> float:
     """``DATALOADER.REPEAT_THRESHOLD`` for data: the share of images that the average class is in,
-    so that repeat factors lift the classes below it.
+    so that repeat factors lift the classes below it; to three digits.
 
     Args:
         class_images: the number of images of each class that occurs.
         num_images: of all images that training uses.
     """
-    return round(float(np.mean(class_images)) / num_images, 3)
+    # Not three decimals: with thousands of classes, the share can be below 0.001.
+    return float(f"{np.mean(class_images) / num_images:.3g}")
 
 
 def take_class_balance(cfg: CfgNode, before: str, class_names: Optional[Sequence[str]]) -> None:

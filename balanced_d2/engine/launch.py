@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from typing import Callable, TypeVar
 
@@ -84,7 +85,7 @@ def _join_torchrun(main: Main, args: argparse.Namespace) -> None:
 def _launch(main: Main, args: argparse.Namespace) -> None:
     if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
         # torchrun takes a file or a module, not the command balanced-d2.
-        program = sys.argv[0].replace("balanced-d2", "-m balanced_d2")
+        program = re.sub("^balanced-d2 ", "-m balanced_d2 ", sys.argv[0])
         raise UserError(
             "--num-gpus and --num-machines need CUDA, which is not available; on CPUs, run: "
             f"torchrun --local-addr 127.0.0.1 --nproc-per-node {args.num_gpus} {program} ..."

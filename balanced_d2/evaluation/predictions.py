@@ -19,7 +19,7 @@ def add_predictions_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "predictions",
         metavar="PREDICTIONS.json",
-        help="detections in COCO's result format, as train_net.py writes them to "
+        help="detections in COCO's result format, as a training writes them to "
         "OUTPUT_DIR/inference/coco_instances_results.json",
     )
 

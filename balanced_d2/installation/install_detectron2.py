@@ -14,7 +14,8 @@ Detectron2's release 0.6 but without its C++ sources, so pip cannot build it as 
    is recognized and replaced.
 
 Before the last step, nothing outside the temporary folder changes; if that step is interrupted,
-the next run removes its leftovers. Every failure is one line on standard error and exit code 1.
+the next run removes its leftovers, but no Detectron2 that is not from this program. Every failure
+is one line on standard error and exit code 1.
 """
 
 from __future__ import annotations  # so that set_up.py can run, and stop, on an old Python
@@ -23,6 +24,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -32,6 +34,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,6 +226,12 @@ def import_failure(python: str | Path, module: str) -> str | None:
 
 
 def require_build_tools() -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise InstallError(
+            f"pip is not installed for {sys.executable}, but Detectron2's installation needs it; "
+            f"first run: {sys.executable} -m ensurepip (in an environment of uv: uv pip install "
+            "pip)"
+        )
     for module, requirement in (("torch", "torch torchvision"), ("setuptools", "setuptools")):
         if importlib.util.find_spec(module) is None:
             raise InstallError(
@@ -328,7 +337,9 @@ def install(wheel: Path) -> None:
     say(f"installing detectron2 {wheel_version()}")
     marker = leftover_marker()
     marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.touch()
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {file.filename: file.file_size for file in archive.infolist()}
+    marker.write_text(json.dumps(sizes))
     # By name, so that pip does not record the path of a temporary file.
     result = pip("install", f"detectron2=={wheel_version()}", f"--find-links={wheel.parent}")
     if result.returncode != 0:
@@ -339,7 +350,10 @@ def install(wheel: Path) -> None:
 
 
 def leftover_marker() -> Path:
-    """A file that exists while pip installs, and afterwards only if pip did not finish."""
+    """A file that exists while pip installs, and afterwards only if pip did not finish.
+
+    It has the sizes of the wheel's files, by which leftovers are recognized.
+    """
     folder = sysconfig.get_path("purelib")
     if not os.access(folder, os.W_OK):  # then pip uses the user's own
         folder = site.getusersitepackages()
@@ -347,16 +361,40 @@ def leftover_marker() -> Path:
 
 
 def remove_leftovers() -> None:
-    """Remove the leftovers of an installation that was interrupted or failed."""
+    """Remove the leftovers of an installation that was interrupted or failed, unless another
+    Detectron2 has been installed there since."""
     marker = leftover_marker()
     if not marker.exists():
         return
-    say("removing the leftovers of an interrupted installation")
-    for pattern in ("detectron2", "detectron2-0.6*.dist-info", "~etectron2*"):
-        for path in marker.parent.glob(pattern):
-            shutil.rmtree(path)
+    try:
+        sizes = json.loads(marker.read_text())
+    except ValueError:  # pip had not started, or it is from an earlier version of this program
+        sizes = {}
+    if are_leftovers(marker.parent, sizes):
+        say("removing the leftovers of an interrupted installation")
+        for pattern in ("detectron2", "detectron2-*", "~etectron2*"):
+            for path in marker.parent.glob(pattern):
+                shutil.rmtree(path)
     marker.unlink()
     importlib.invalidate_caches()
+
+
+def are_leftovers(folder: Path, sizes: dict[str, int]) -> bool:
+    """Whether all that a folder has of Detectron2 is from this program.
+
+    Args:
+        sizes: by path, the sizes in bytes of the files of the wheel that was being installed.
+    """
+    metadata = list(folder.glob("?etectron2-*"))
+    if metadata:
+        return all("+pure." in path.name for path in metadata)
+    # pip writes them last; and one file may be cut off.
+    files = [path for path in (folder / "detectron2").rglob("*") if path.is_file()]
+    return all(
+        path.stat().st_size <= sizes.get(path.relative_to(folder).as_posix(), -1)
+        for path in files
+        if path.suffix != ".pyc"
+    )
 
 
 def pip(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -404,8 +404,8 @@ def weights_of_config(
     weights = node.CLASS_WEIGHTS
     if any(isinstance(weight, (list, tuple)) for weight in weights):
         raise UserError(
-            f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS has names, {list(weights)}, which train_net.py "
-            "replaces by the order of the classes in the data; give the weights in that order"
+            f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS has names, {list(weights)}, which balanced-d2 "
+            "train replaces by the order of the classes in the data; give the weights in that order"
         )
     if len(weights):
         return list(weights)
@@ -428,7 +428,7 @@ def counts_missing(what: str) -> UserError:
     """The error to raise if a loss cannot be computed without counts."""
     return UserError(
         f"{what} (MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE) needs the number of training objects of each "
-        "class: train_net.py finds it in the data; elsewhere set MODEL.CLASS_COUNTS, or give "
+        "class: balanced-d2 train finds it in the data; elsewhere set MODEL.CLASS_COUNTS, or give "
         "class_counts or weights"
     )
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import signal
 import sys
 from contextlib import contextmanager
@@ -100,9 +101,22 @@ def report_user_errors(main: Callable, *args) -> int:
     """Call ``main(*args)``; print a :class:`UserError` as one line on standard error.
 
     Returns:
-        The exit code for the program: 0, 2 after an error, that of :class:`StopTraining`, or 130
-        after Ctrl-C.
+        The exit code for the program: 0, 2 after an error, that of :class:`StopTraining`, 130
+        after Ctrl-C, or 1 if nobody reads the output any more, as after ``| head``.
     """
+    try:
+        exit_code = _call_and_report(main, *args)
+        sys.stdout.flush()  # at the end of the process, nothing could be caught
+        return exit_code
+    except BrokenPipeError:
+        if _has_reader():  # it is another pipe
+            raise
+        # What is left in the buffer goes nowhere, so that the end of the process raises nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _call_and_report(main: Callable, *args) -> int:
     try:
         main(*args)
     except UserError as error:
@@ -117,6 +131,15 @@ def report_user_errors(main: Callable, *args) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _has_reader() -> bool:
+    """Whether somebody reads the standard output: tried with an empty line."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _on_one_line(error: Exception) -> str:

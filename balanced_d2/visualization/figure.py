@@ -1,7 +1,7 @@
 """Matplotlib figures that need no window and are written completely or not at all."""
 
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,13 +20,16 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure((width, height), dpi=100, layout="constrained")
 
 
-def place_picture(output: Optional[str], folder: str, name: str) -> str:
+def place_picture(
+    output: Optional[str], folder: str, name: str, formats: Sequence[str] = FORMATS
+) -> str:
     """The path to which a program will write its figure, checked before it is drawn.
 
     Args:
         output: the file or folder given by the user; None for the default.
         folder: the default folder.
         name: name of the file within a folder.
+        formats: the suffixes of files that can be written.
 
     Raises:
         UserError: if the path is not writable, or its suffix is not a supported format.
@@ -35,8 +38,8 @@ def place_picture(output: Optional[str], folder: str, name: str) -> str:
     suffix = os.path.splitext(path)[1].lower()
     if not output or os.path.isdir(path) or not suffix:
         path = os.path.join(path, name)
-    elif suffix not in FORMATS:
-        raise UserError(f"{path}: the name of a picture has to end in one of {', '.join(FORMATS)}")
+    elif suffix not in formats:
+        raise UserError(f"{path}: the name of a picture has to end in one of {', '.join(formats)}")
     check_writable(path)
     return path
 
