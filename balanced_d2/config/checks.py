@@ -411,7 +411,7 @@ def _check_samplers(cfg: CfgNode) -> None:
         logger.warning(
             "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats no image, because "
             f"DATALOADER.REPEAT_THRESHOLD is {cfg.DATALOADER.REPEAT_THRESHOLD:g}; "
-            "tools/inspect_dataset.py suggests one for the data"
+            "balanced-d2 inspect suggests one for the data"
         )
     key = "DATASETS.TRAIN_REPEAT_FACTOR"
     for pair in cfg.DATASETS.TRAIN_REPEAT_FACTOR:

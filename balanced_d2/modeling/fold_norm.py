@@ -80,7 +80,7 @@ class _Folded:
         return x if activation is None else activation(x)
 
     def _weights(self, conv: Any, dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
-        """Of shapes (O, I, H, W) and (O,), computed anew only where they can have changed: fused
+        """Of shapes (O, I, H, W) and (O,), computed again only where they can have changed: fused
         optimizers and norms in training do not count the versions of what they change."""
         norm = self.norm
         read = [conv.weight, conv.bias]
