@@ -277,7 +277,7 @@ def test_tool_and_runner(run_here, tmp_path):
     assert described["versions"]["balanced_d2"] and described["class_names"] == ["0", "1", "2"]
     result = run_here(
         *("tools/run_exported.py", tmp_path / "model.pt2", tmp_path / "photo.png"),
-        *("--threshold", "0"),
+        *("--threshold", "0.05"),
     )
     assert result.returncode == 0 and result.stderr == ""
     assert len(json.loads(result.stdout)["detections"]) == 100

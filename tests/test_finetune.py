@@ -528,7 +528,7 @@ def test_a_predictor_of_another_detector(tmp_path, log):
         (["conv1.weight", "layer1.0.conv1.weight"], "nothing fits.*a ResNet by the names of torch"),
         (
             ["backbone.conv1.weight", "neck.0.lateral_convs.0.conv.weight"],
-            "MMDetection.*tools/conv",
+            "MMDetection.*balanced-d2 convert-mmdet",
         ),
         (["backbone.body.conv1.weight"], "a detector of torchvision"),
         (["some.weight", "other.weight", "third"], "3 tensors, such as some.weight, other.weight"),
