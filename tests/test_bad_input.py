@@ -578,8 +578,8 @@ def test_names_that_there_are_not(key, value, message):
 
 def test_every_choice_is_one_of_detectron2s():
     """What the checks let through can be built, whatever the version."""
-    options = ["SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
-    options += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
+    options = ["SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "20", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
+    options += ["SOLVER.WARMUP_ITERS", "1", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
     model = torch.nn.Linear(1, 1)
     for key, values in CHOICES_IN_TRAINING.items():
         for value in values:
