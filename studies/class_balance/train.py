@@ -48,9 +48,10 @@ ROWS: Dict[str, Options] = {
     "repeat factors and seesaw": lambda json_file: [*repeat_factors(json_file), LOSS, "seesaw"],
     "OHEM": ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "ohem"],
 }
-# How strong weights may be: objects beyond the 100th of a class count little.
+# How strong weights may be: objects beyond the 100th, or the 10th, of a class count little.
 VARIANTS: Dict[str, Options] = {
     "effective number, beta 0.99": [LOSS, "weighted_cross_entropy", BETA, "0.99"],
+    "effective number, beta 0.9": [LOSS, "weighted_cross_entropy", BETA, "0.9"],
 }
 DATA = {
     # Generated, anew for each seed, with another order of the classes by frequency.
