@@ -14,7 +14,7 @@ from collections import defaultdict
 from typing import Dict, List, Sequence, Tuple
 
 # First, so that importing Detectron2 is quiet.
-from balanced_d2.utils.errors import UserError, report_user_errors
+from balanced_d2.utils.errors import UserError, check_choice, report_user_errors
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_picture, save_figure
 
 # isort: split
@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> None:
                 raise UserError(f"{args.results} has no line for the row {row!r} on {data}")
         rows = [row for row in args.rows or results if row != args.to]
         results = {row: results[row] for row in (args.to, *rows)}
+        for metric in args.metrics if plot else ():
+            check_choice(f"metric of {data}", metric, metrics_of(results))
         print(f"**{data}**\n")
         for table in (
             mean_table(results),
@@ -56,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         prefix = f"{data}: " if len(names) > 1 else ""
         compared.update({prefix + row: (results, row) for row in results})
     if plot:
-        save_figure(draw(compared, args.to), plot)
+        save_figure(draw(compared, args.to, args.metrics), plot)
         print(f"picture: {plot}")
 
 
@@ -151,11 +153,12 @@ def as_markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def draw(compared: Dict[str, Tuple[Results, str]], to: str) -> Figure:
+def draw(compared: Dict[str, Tuple[Results, str]], to: str, metrics: Sequence[str]) -> Figure:
     """Draw the gains of each row, by its label: every seed, and the mean with its interval."""
     compared = {label: pair for label, pair in compared.items() if pair[1] != to}
     figure = new_figure(10, 0.4 * len(compared) + 1.3)
-    for axes, metric in zip(figure.subplots(1, 3, sharey=True), ("AP", "AP50", "AP75")):
+    all_axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)
+    for axes, metric in zip(all_axes.flat, metrics):
         for y, (results, row) in enumerate(compared.values()):
             gained, base = values(results, row, metric), values(results, to, metric)
             each = [gained[seed] - base[seed] for seed in gained.keys() & base.keys()]
@@ -185,6 +188,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="only these")
     parser.add_argument("--to", default="plain", metavar="ROW", help="the row to compare with")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gains")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["AP", "AP50", "AP75"],
+        metavar="METRIC",
+        help="in the picture (default: AP AP50 AP75)",
+    )
     return parser.parse_args()
 
 

@@ -213,6 +213,11 @@ def test_tables_and_picture(tmp_path):
     assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
     result = run_program("-m", "studies.table", results, "--to", "best")
     assert result.returncode == 2 and "no line for the row 'best'" in result.stderr
+    plot = ("-m", "studies.table", results, "--data", "bccd", "--plot", picture, "--metrics")
+    result = run_program(*plot, "AP50", "AP-RBC")
+    assert result.returncode == 0, result.stderr
+    result = run_program(*plot, "APr")
+    assert result.returncode == 2 and "metric of bccd" in result.stderr, result.stderr
 
 
 def test_inlier_shares(gradients):
