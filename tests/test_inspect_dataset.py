@@ -392,7 +392,8 @@ def test_advice_on_rare_classes():
     data = [*even_boxes(120, 0), *even_boxes(40, 1), *even_boxes(16, 2)]
     line = only_line(inspected(data))
     assert "<script>bird</script>, is in 16 of 176 training images, the average class in 59" in line
-    assert "REPEAT_THRESHOLD 0.333 shows its images 1.9 times as often" in line  # sqrt(58.6 / 16)
+    assert "UniformClassTrainingSampler shows it in one of 3 images at least" in line
+    assert "REPEAT_THRESHOLD 0.333 its images 1.9 times as often" in line  # sqrt(58.6 / 16)
     cfg = CFG.clone()
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     assert lines(inspected(data, cfg=cfg)) == []
