@@ -119,6 +119,24 @@ def test_what_was_learnt_since_the_last_evaluation_is_seen(norm):
     copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_what_was_learnt_in_evaluation_mode_is_seen(norm):
+    """As of batch norms that are kept still by the mode, which then never changes."""
+    torch.manual_seed(0)
+    plain = block(norm(6)).eval()
+    model = copy.deepcopy(plain)
+    fold_norm(model)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(x)
+    for m in (model, plain):
+        (m(x) - 1).square().sum().backward()
+        torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        assert torch.allclose(model(x), plain(x), rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(model(x), before)
+
+
 class Reused(nn.Module):
     """What the convolution gives is read twice: its norm must not be folded into it."""
 

@@ -89,6 +89,7 @@ class _Folded:
         tensors = [tensor for tensor in read if tensor is not None]
         can_learn = torch.is_grad_enabled() or conv.training
         if can_learn and any(tensor.requires_grad for tensor in tensors):
+            self.key = None  # what is learnt may be read next without a change of the mode
             return self._fold(read, dtype)
         key = [dtype, *((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)]
         if key != self.key:
