@@ -164,6 +164,25 @@ def test_wrong_arguments(arguments, message):
         predictor(**arguments)
 
 
+def test_any_object_with_its_parts_is_a_loss():
+    """It need be no ClassLoss, which also says its number of classes."""
+
+    class Squares:
+        num_logits = 5
+
+        def loss(self, logits, classes):
+            return logits.square().sum(dim=1)
+
+        def probabilities(self, logits):
+            return logits[:, :4].softmax(dim=1)
+
+    layers = predictor(cls_loss=Squares())
+    scores, deltas = layers(torch.randn(4, 8))
+    losses, _ = losses_of(layers, (scores, deltas), [proposals([0, 3, 1, 2])])
+    torch.testing.assert_close(losses["loss_cls"], scores.square().sum() / 4)
+    assert scores.shape == (4, 5)
+
+
 class _Sigmoid(BalancedFastRCNNOutputLayers):
     # As an instance of Detectron2's main has it, which sets it when it is made.
     use_sigmoid_ce = property(lambda self: True, lambda self, value: None)

@@ -91,16 +91,18 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         }
 
     def _check(self, cls_loss: ClassLoss) -> None:
-        parts = ("num_classes", "num_logits", "loss", "probabilities")
+        parts = ("num_logits", "loss", "probabilities")
         if isinstance(cls_loss, type) or not all(hasattr(cls_loss, part) for part in parts):
             raise UserError(
                 f"{cls_loss!r} is no classification loss but perhaps the name of one: give the "
                 f"loss itself, such as FocalLoss(num_classes={self.num_classes})"
             )
-        if cls_loss.num_classes != self.num_classes:
+        # A loss that is no ClassLoss need not know it.
+        num_classes = getattr(cls_loss, "num_classes", self.num_classes)
+        if num_classes != self.num_classes:
             raise UserError(
-                f"the classification loss is for {cls_loss.num_classes} classes, and the predictor "
-                f"for {self.num_classes}"
+                f"the classification loss is for {num_classes} classes, and the predictor for "
+                f"{self.num_classes}"
             )
         if has_sigmoid_scores(self):
             raise UserError(
