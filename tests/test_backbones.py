@@ -13,6 +13,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms.functional import center_crop, resize
@@ -20,6 +21,7 @@ from torchvision.transforms.functional import center_crop, resize
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import imagenet
 from balanced_d2.modeling import BalancedFPN, TimmBackbone, TorchvisionBackbone
+from balanced_d2.modeling.feature_backbone import FeatureBackbone
 from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_MODEL, assert_user_error
@@ -183,6 +185,41 @@ def test_frozen_stages(cls, name, freeze_at, norm):
     has_norms = any("running_mean" in name for name in before)
     assert bool(changed) == (norm == "BN" and has_norms)
     assert {name.rpartition(".")[0] + ".weight" for name in changed} <= trained
+
+
+def test_what_cannot_be_trained_anyway():
+    """In inference mode, as a detector may be loaded in, and where a stage is frozen already."""
+    image = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        backbone = TimmBackbone("resnet18", pretrained=False, norm="BN").eval()
+        found = backbone(image)
+    torch.manual_seed(0)
+    expected = TimmBackbone("resnet18", pretrained=False, norm="BN").eval()(image)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 4, stride=4).requires_grad_(False)
+            self.second = nn.Conv2d(4, 4, 2, stride=2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return [x, self.second(x)]
+
+    for freeze_at, trained in ((2, True), (3, False)):
+        network = Network()
+        FeatureBackbone(
+            *(network, [4, 4], [4, 8], ["res3"]),
+            freeze_at=freeze_at,
+            freeze_norm=lambda module: module,
+            norm="BN",
+        )
+        assert not network.first.weight.requires_grad
+        assert network.second.weight.requires_grad == trained
 
 
 # Channels last, of one size unless told otherwise, and with modules of other names than timm says.

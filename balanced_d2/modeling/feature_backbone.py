@@ -176,8 +176,8 @@ def _freeze(
 
 
 def _parameters_of(network: nn.Module, maps: Sequence[torch.Tensor]) -> Set[nn.Parameter]:
-    """Those that maps are computed by."""
-    if not maps:
+    """Those that maps are computed by, and that can be trained."""
+    if not any(x.requires_grad for x in maps):  # as in inference mode
         return set()
     parameters = [p for p in network.parameters() if p.requires_grad]
     total = torch.stack([x.sum() for x in maps]).sum()
