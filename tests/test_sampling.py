@@ -132,6 +132,14 @@ def test_other_dtypes(dtype):
     assert_valid(sample_iou_balanced(ious_in_bins(50, 50, 50).to(dtype), 30), 30, 150)
 
 
+def test_ious_with_a_gradient():
+    """As of boxes that a network has just predicted."""
+    ious = ious_in_bins(50, 50, 50).requires_grad_()
+    indices = sample_iou_balanced(ious, 30)
+    assert_valid(indices, 30, 150)
+    assert bin_counts(ious.detach(), indices) == [10, 10, 10]
+
+
 def test_instances_get_equal_quotas():
     groups = torch.tensor([0] * 40 + [3] * 20 + [7] * 12)[torch.randperm(72)]
     indices = sample_instance_balanced(groups, 36)

@@ -178,7 +178,7 @@ def _sample_with_numpy(
     """For the CPU, where a PyTorch operation on so few values takes longer to start than to run."""
     shuffle = torch.randperm(len(groups)).numpy()
     # Numbers that are no group's become -1 and num_groups.
-    group = groups.float().numpy().clip(-1, num_groups).astype(np.int16)[shuffle]
+    group = groups.detach().float().numpy().clip(-1, num_groups).astype(np.int16)[shuffle]
     order = group.argsort(kind="stable")
     by_group = shuffle[order]  # in random order within each
     begins = group[order].searchsorted(np.arange(num_groups + 1, dtype=np.int16)).tolist()
