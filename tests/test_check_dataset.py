@@ -136,6 +136,17 @@ def test_another_pipe_that_breaks_is_no_secret():
     assert "BrokenPipeError: of a worker" in result.stderr and result.returncode == 1
 
 
+def test_a_process_without_standard_output():
+    """As of a service: there is nothing to flush."""
+    program = (
+        "import os, sys; from balanced_d2.utils.errors import *\n"
+        "sys.stdout = None\n"
+        "os._exit(report_user_errors(print, 'x'))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+    assert result.returncode == 0 and not result.stderr
+
+
 def run_without_reader(body, **kwargs):
     """The end of a process whose program has this body, its standard output a broken pipe."""
     program = (

@@ -106,7 +106,7 @@ def report_user_errors(main: Callable, *args) -> int:
     """
     try:
         exit_code = _call_and_report(main, *args)
-        sys.stdout.flush()  # at the end of the process, nothing could be caught
+        print(end="", flush=True)  # at the end of the process, nothing could be caught
         return exit_code
     except BrokenPipeError:
         if _has_reader():  # it is another pipe
