@@ -264,6 +264,7 @@ def test_weights_of_a_local_file(tmp_path):
         (lambda: TorchvisionBackbone("resnet", pretrained=False), "has no network 'resnet'"),
         (lambda: TorchvisionBackbone("alexnet", pretrained=False), "alexnet gives no feature maps"),
         (lambda: TorchvisionBackbone("vit_b_16", pretrained=False), "gives no feature maps"),
+        (lambda: TorchvisionBackbone("maxvit_t", pretrained=False), "gives no feature maps"),
         (lambda: TimmBackbone("resnet18", pretrained=False, norm="GN"), "unknown norm 'GN'"),
         (
             lambda: TimmBackbone("convnext_atto", pretrained=False, out_features=("stem", "res2")),

@@ -125,7 +125,7 @@ def _stages(name: str, network: nn.Module) -> Tuple[List[str], List[int], List[i
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, PROBE, PROBE))
-    except AssertionError:  # a transformer that takes images of one size only
+    except (AssertionError, RuntimeError):  # a transformer that takes images of one size only
         found.clear()
     finally:
         network.train(was_training)
