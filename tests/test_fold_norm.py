@@ -137,6 +137,30 @@ def test_what_was_learnt_in_evaluation_mode_is_seen(norm):
         assert not torch.allclose(model(x), before)
 
 
+def test_inference_mode():
+    """A model may be made or run in it, and give gradients of its input afterwards."""
+    torch.manual_seed(0)
+    model = block(FrozenBatchNorm2d(6)).eval().requires_grad_(False)
+    plain = copy.deepcopy(model)
+    fold_norm(model)
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), plain(x))
+        made = block(FrozenBatchNorm2d(6)).eval()
+        fold_norm(made)
+        for _ in range(2):
+            made.load_state_dict(plain.state_dict())
+            assert torch.allclose(made(x), plain(x))
+            plain.weight.mul_(2)
+    gradients = []
+    for m in (model, plain):
+        m.load_state_dict(plain.state_dict())
+        image = x.clone().requires_grad_()
+        m(image).square().sum().backward()
+        gradients.append(image.grad)
+    assert torch.allclose(*gradients)
+
+
 class Reused(nn.Module):
     """What the convolution gives is read twice: its norm must not be folded into it."""
 

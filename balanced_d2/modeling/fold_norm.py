@@ -88,12 +88,14 @@ class _Folded:
             read += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         tensors = [tensor for tensor in read if tensor is not None]
         can_learn = torch.is_grad_enabled() or conv.training
-        if can_learn and any(tensor.requires_grad for tensor in tensors):
+        learns = can_learn and any(tensor.requires_grad for tensor in tensors)
+        if learns or any(tensor.is_inference() for tensor in tensors):  # which have no versions
             self.key = None  # what is learnt may be read next without a change of the mode
             return self._fold(read, dtype)
         key = [dtype, *((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)]
         if key != self.key:
-            with torch.no_grad():
+            # Gradients of the input need weights that were not made in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
                 self.key, self.weights = key, self._fold(read, dtype)
         return self.weights
 
