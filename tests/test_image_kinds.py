@@ -337,6 +337,12 @@ def test_the_runner_finds_a_font(runner, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runner, "FONT_FOLDERS", (str(tmp_path),))
     assert runner.find_font("Жук") == ""
     assert capsys.readouterr().err.count("no installed font has all characters") == 1
+    # What is missing is named, not what every font has.
+    assert runner.find_font("jalapeño") == ""
+    assert capsys.readouterr().err.endswith(" such as ñ\n")
+    (tmp_path / "Sans.ttf").symlink_to(f"{fonts}/DejaVuSans.ttf")
+    assert runner.find_font("Жук 猫") == f"{tmp_path}/Sans.ttf"
+    assert capsys.readouterr().err.endswith(" such as 猫\n")
 
 
 def test_the_runner_looks_for_a_font_once(runner, monkeypatch, tmp_path, capsys):

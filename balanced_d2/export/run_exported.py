@@ -761,27 +761,26 @@ def draw(image: Image.Image, detections: list, font_file: str) -> Image.Image:
 
 def find_font(text: str) -> str:
     """The file of the installed font with the most characters of a text; "" for Pillow's own, which
-    has Latin ones."""
-    if text.isascii():
-        return ""
+    has those of ASCII."""
     characters = {character for character in text if not character.isspace()}
+    best, missing = "", {character for character in characters if not character.isascii()}
+    if not missing:
+        return best
     folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
     files = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in FONT_SUFFIXES]
-    best, number = "", 0
     for file in files:
         try:
             font = ImageFont.truetype(str(file), 16)
             absent = bytes(font.getmask(NO_CHARACTER))
-            found = sum(bytes(font.getmask(character)) != absent for character in characters)
+            lacks = {c for c in characters if bytes(font.getmask(c)) == absent}
         except (OSError, ValueError):  # not a font that can be drawn with
             continue
-        if found > number:
-            best, number = str(file), found
-        if number == len(characters):
-            break
-    else:
-        some = "".join(sorted(characters)[:10])
-        report(f"no installed font has all characters of the names: {some}", "note")
+        if len(lacks) < len(missing):
+            best, missing = str(file), lacks
+        if not missing:
+            return best
+    some = "".join(sorted(missing)[:10])
+    report(f"no installed font has all characters of the names, such as {some}", "note")
     return best
 
 
