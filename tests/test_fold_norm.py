@@ -1,6 +1,8 @@
 """Convolutions that compute the batch norm after them."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from balanced_d2 import load_config
 from balanced_d2.engine.speed import speed_up
+from balanced_d2.modeling.feature_backbone import FeatureBackbone
 from balanced_d2.modeling.fold_norm import _FoldedNorm, fold_norm
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL
@@ -161,6 +164,51 @@ def test_inference_mode():
     assert torch.allclose(*gradients)
 
 
+def test_threads_share_a_model():
+    """One computes a convolution from its beginning to its end while another is in it."""
+    entered, left = threading.Event(), threading.Event()
+
+    class Slow(nn.Conv2d):
+        def forward(self, x):
+            if threading.current_thread() is not threading.main_thread():
+                entered.set()
+                assert left.wait(60)
+            return super().forward(x)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = Slow(3, 3, 3, stride=4, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return [self.norm(self.conv(x))]
+
+    torch.manual_seed(0)
+    network = with_statistics(Network()).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        (expected,) = network(x)
+    backbone = FeatureBackbone(
+        network, [3], [4], ["res2"], freeze_at=0, freeze_norm=lambda m: m, norm="BN"
+    ).eval()
+    fold_norm(backbone)
+    assert isinstance(network.norm, _FoldedNorm)
+
+    @torch.no_grad()
+    def run():
+        return backbone(x)["res2"]
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(run)
+        try:
+            assert entered.wait(60)
+            found = run()
+        finally:
+            left.set()
+        for value in (found, other.result()):
+            assert torch.allclose(value, expected, atol=1e-6)
+
+
 class Reused(nn.Module):
     """What the convolution gives is read twice: its norm must not be folded into it."""
 
@@ -193,8 +241,6 @@ def test_networks_of_timm(name, norm):
 
 
 def test_norm_of_a_shared_output_stays():
-    from balanced_d2.modeling.feature_backbone import FeatureBackbone
-
     torch.manual_seed(0)
     network = with_statistics(Reused()).eval()
     x = torch.randn(1, 3, 8, 8)

@@ -74,7 +74,10 @@ class _Folded:
             return fused_conv(self.conv, x, weight, bias, activation, add)
         self.conv.__dict__["_parameters"] = {"weight": weight, "bias": bias}
         x = self.conv.forward(x)
-        self.conv.__dict__["_parameters"] = {}
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            # They cannot be copied with the model. In inference, where several threads may share
+            # it, they stay.
+            self.conv.__dict__["_parameters"] = {}
         if add is not None:
             x += add
         return x if activation is None else activation(x)
@@ -96,7 +99,7 @@ class _Folded:
         if key != self.key:
             # Gradients of the input need weights that were not made in inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                self.key, self.weights = key, self._fold(read, dtype)
+                self.weights, self.key = self._fold(read, dtype), key  # in this order, for threads
         return self.weights
 
     def _fold(self, read: list, dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
