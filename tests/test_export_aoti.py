@@ -281,6 +281,9 @@ def test_inputs_and_outputs_from_cpp(program, tmp_path):
     photos = [tmp_path / f"{height}.png" for height, _ in pixels]
     for photo, (height, width) in zip(photos, pixels):
         Image.new("RGB", (width, height)).save(photo)
+    photos.append(tmp_path / "animated.gif")  # of which the first image is taken
+    frames = [Image.new("RGB", (60, 40), color) for color in ("red", "blue")]
+    frames[0].save(photos[-1], save_all=True, append_images=frames[1:])
     (tmp_path / "text.png").write_text("no image")
     result = subprocess.run(
         [program, tmp_path / "model.ts", tmp_path / "text.png", *photos],
@@ -290,7 +293,7 @@ def test_inputs_and_outputs_from_cpp(program, tmp_path):
     assert result.returncode == 1 and f"error: {tmp_path / 'text.png'}: " in result.stderr
     found = list(map(json.loads, result.stdout.splitlines()))
     expected = detected(tmp_path / "model.ts", *photos)
-    for record, other, scaled in zip(found, expected, pixels.values(), strict=True):
+    for record, other, scaled in zip(found, expected, [*pixels.values(), (800, 1200)], strict=True):
         scores = [detection["score"] for detection in record["detections"]]
         assert [round(10000 * score) for score in scores] == list(scaled)
         assert_same(record, other)

@@ -119,7 +119,7 @@ Detector load_aoti(const std::string& path, int64_t multiple) {
   };
 }
 
-// An image as uint8 (3, height, width), RGB, rotated as its EXIF data say.
+// An image as uint8 (3, height, width), RGB, turned as its EXIF data say; of an animation the first.
 Tensor read_image(const std::string& path) {
   constexpr int64_t RGB = 3;
   auto& operators = c10::Dispatcher::singleton();
@@ -127,7 +127,8 @@ Tensor read_image(const std::string& path) {
     operators.findSchemaOrThrow(name, "").callBoxed(&stack);
     return stack.back().toTensor();
   };
-  return call("image::decode_image", {call("image::read_file", {path}), RGB, true});
+  const Tensor image = call("image::decode_image", {call("image::read_file", {path}), RGB, true});
+  return image.dim() == 4 ? image[0] : image;
 }
 
 // The network's input, scaled as in training: bilinear with antialiasing, as Pillow does.
