@@ -106,7 +106,29 @@ def test_the_implementation_may_change_in_a_resumed_training(options):
     is_fused = options != (*MIXED, *CLIPPED)
     for parameter in model.parameters():
         assert optimizer.state[parameter]["step"].device.type == ("meta" if is_fused else "cpu")
-    assert {group["fused"] for group in optimizer.param_groups} == {is_fused}
+    # None, unlike False, does not rule out PyTorch's other fast implementation.
+    assert {group["fused"] for group in optimizer.param_groups} == {True if is_fused else None}
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "RMSprop"])
+def test_optimizers_of_others_resume(name):
+    """Such as a LazyConfig names: those that have no fused form, too."""
+    weights = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+        for step in range(4):
+            if interrupted and step == 2:
+                state = optimizer.state_dict()
+                optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+                with settings_kept(optimizer, None):
+                    optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            model(torch.full((1, 4), step + 1.0)).square().sum().backward()
+            optimizer.step()
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
 
 
 def test_sgd_alone_is_detectron2s():

@@ -31,7 +31,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(groups, **arguments)
     # GradScaler leaves it to fused optimizers to unscale gradients, which is after the clipping.
     scaled = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != "cpu"
-    fused = not (scaled and cfg.SOLVER.CLIP_GRADIENTS.ENABLED)
+    # None lets PyTorch choose what is fastest of the others; False would be one tensor at a time.
+    fused = None if scaled and cfg.SOLVER.CLIP_GRADIENTS.ENABLED else True
     return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, fused=fused)
 
 
@@ -86,11 +87,14 @@ def settings_kept(
         # As far along the schedule as before, which may have begun at another rate.
         changed = first_rates[-1] != first_rate
         group["lr"] = rate * first_rates[-1] / first_rate if changed and first_rate else rate
-        # A fused AdamW counts its steps where the parameters are, any other on the CPU.
+        if "fused" not in group:
+            continue
+        # If fused, it counts its steps where the parameters are, otherwise on the CPU.
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             if "step" in state:
-                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
+                on_device = group["fused"] or group.get("capturable", False)
+                state["step"] = state["step"].to(parameter.device if on_device else "cpu")
     if scheduler is None:
         return
     scheduler.base_lrs = first_rates
