@@ -540,6 +540,22 @@ def test_the_evaluator_of_a_lazy_config(lazy_data, tiny_coco, tmp_path):
     assert type(evaluator).__name__ == "_COCOEvaluator"
 
 
+def test_several_evaluators_of_a_lazy_config(lazy_data, tiny_coco, tmp_path):
+    """In a list, as in Detectron2's coco_panoptic_separated.py."""
+    coco = {"_target_": "detectron2.evaluation.COCOEvaluator", "tasks": ["bbox"]}
+    coco |= {"dataset_name": "${...test.dataset.names}", "output_dir": f"{tmp_path}/mine"}
+    lazy = lazy_of(tiny_coco, tmp_path)
+    lazy.dataloader.evaluator = [{"_target_": f"{__name__}.Counting"}, coco]
+    cfg = trainer_config(lazy)
+    for names, folder in ((("lazy_tiny",), "mine"), (("lazy_tiny", "b"), "mine/lazy_tiny")):
+        cfg.DATASETS.TEST = names
+        several, _ = LazyTrainer.build_evaluator(cfg, "lazy_tiny")._evaluators
+        several.reset()
+        several.process([{"image_id": 1}], [{}])
+        assert several.evaluate()["counted"] == {"images": 1}
+        assert several._evaluators[1]._output_dir == f"{tmp_path}/{folder}"
+
+
 def test_lazy_configs_have_what_detectron2s_program_reads():
     """``lazyconfig_train_net.py`` reads these, and passes the first two on unchanged."""
     for file in sorted((ROOT / "configs/COCO-Detection").glob("*.py")):

@@ -65,11 +65,14 @@ def test_what_a_training_refuses(tiny_coco, tmp_path, train_net_here):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("evaluator", ["", "+dataloader.evaluator.output_dir=mine"])
+WRITING = {"output_dir": "mine"}
+
+
+@pytest.mark.parametrize("evaluator", [{}, WRITING, [{"kind": 1}, WRITING]])
 def test_a_lazy_config_is_set_apart(temporary, evaluator):
-    """Also where its evaluator writes."""
-    options = ["train.output_dir=mine", *filter(None, [evaluator])]
-    cfg = read_config(str(ROOT / LAZY), options)
+    """Also where its evaluators write."""
+    cfg = read_config(str(ROOT / LAZY), ["train.output_dir=mine"])
+    cfg.lazy.dataloader.evaluator = evaluator
     set_apart(cfg)
     (folder,) = map(str, temporary.iterdir())
     assert {cfg.OUTPUT_DIR, cfg.lazy.train.output_dir} == {folder}

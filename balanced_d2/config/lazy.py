@@ -1,9 +1,9 @@
 """LazyConfig files: loading with errors that name the key, and the values the trainer reads."""
 
-from typing import ContextManager, FrozenSet, Sequence
+from typing import ContextManager, FrozenSet, List, Sequence
 
 from detectron2.config import CfgNode, LazyConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from balanced_d2.config.yaml_config import flat, load_config, set_by_hand
@@ -134,6 +134,14 @@ def keys_set_by_hand(config_file: str, opts: Sequence[str] = ()) -> FrozenSet[st
 def as_read(cfg: CfgNode) -> CfgNode | DictConfig:
     """The config in the form of its file, as Detectron2 saves it."""
     return cfg.lazy if isinstance(cfg, LazyCfgNode) else cfg
+
+
+def evaluators_in(lazy: DictConfig) -> List[DictConfig]:
+    """The evaluators of a LazyConfig: none, one, or, as in Detectron2's panoptic ones, several."""
+    given = lazy.dataloader.get("evaluator")
+    if not given:
+        return []
+    return list(given) if isinstance(given, ListConfig) else [given]
 
 
 def _names(names) -> tuple:

@@ -19,7 +19,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from balanced_d2.config.lazy import LazyCfgNode
+from balanced_d2.config.lazy import LazyCfgNode, evaluators_in
 from balanced_d2.engine.after_evaluation import EarlyStopping
 from balanced_d2.engine.hooks import StopOnSignal
 from balanced_d2.engine.launch import in_main_process
@@ -83,9 +83,9 @@ def set_apart(cfg: CfgNode) -> None:
     cfg.WANDB.ENABLED = cfg.MLFLOW.ENABLED = False
     if isinstance(cfg, LazyCfgNode):
         cfg.lazy.train.output_dir = folder
-        evaluator = cfg.lazy.dataloader.get("evaluator")
-        if evaluator and evaluator.get("output_dir"):
-            evaluator.output_dir = folder
+        for evaluator in evaluators_in(cfg.lazy):
+            if evaluator.get("output_dir"):
+                evaluator.output_dir = folder
 
 
 def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:

@@ -6,9 +6,10 @@ from typing import Type
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import hooks
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import LRMultiplier
 
-from balanced_d2.config.lazy import LazyCfgNode
+from balanced_d2.config.lazy import LazyCfgNode, evaluators_in
 from balanced_d2.engine.speed import speed_up
 from balanced_d2.engine.trainer import BalancedTrainer, with_validation_images
 from balanced_d2.utils.progress import WithBar
@@ -51,12 +52,14 @@ class LazyTrainer(BalancedTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        if "evaluator" not in cfg.lazy.dataloader:
+        evaluators = evaluators_in(_with_test_set(cfg, dataset_name))
+        if not evaluators:
             return super().build_evaluator(cfg, dataset_name, output_folder)
-        evaluator = _with_test_set(cfg, dataset_name).dataloader.evaluator
-        if len(cfg.DATASETS.TEST) > 1 and evaluator.get("output_dir"):
-            evaluator.output_dir = os.path.join(evaluator.output_dir, dataset_name)
-        evaluator = instantiate(evaluator)
+        for evaluator in evaluators:
+            if len(cfg.DATASETS.TEST) > 1 and evaluator.get("output_dir"):
+                evaluator.output_dir = os.path.join(evaluator.output_dir, dataset_name)
+        built = [instantiate(evaluator) for evaluator in evaluators]
+        evaluator = built[0] if len(built) == 1 else DatasetEvaluators(built)
         return with_validation_images(cfg, dataset_name, evaluator)
 
     def build_hooks(self):
