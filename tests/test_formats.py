@@ -479,6 +479,16 @@ def test_an_image_that_is_missing_does_not_become_another(tmp_path, names):
     assert {image: len(boxes) for image, boxes in found[""].items()} == {"images/a.jpg": 2}
 
 
+@pytest.mark.parametrize("path", ["a.csv", "./a.csv", "."])
+def test_names_are_exact_in_the_current_folder(tmp_path, monkeypatch, path):
+    """An image of the same name in a folder is another one."""
+    rows = "1.jpg,100,80,cat,1,2,30,40\nold/1.jpg,100,80,dog,1,2,30,40\n"
+    write(tmp_path, "1.jpg", "old/1.jpg", **{"a.csv": CSV_HEADER + rows})
+    monkeypatch.chdir(tmp_path)
+    box = (1, 2, 29, 38)
+    assert read("here", path)[""] == {"1.jpg": [("cat", *box)], "old/1.jpg": [("dog", *box)]}
+
+
 def test_the_image_folder_of_a_yolo_config_comes_first(tmp_path):
     """And the names of the classes are still those beside the config."""
     for folder in ("near", "near/old", "given"):

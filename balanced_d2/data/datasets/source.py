@@ -325,7 +325,8 @@ class ImageIndex:
     def __init__(self, files: Iterable[str], root: str):
         self._root = root
         self.images = [path for path in files if is_image(path)]
-        self._paths = set(self.images)
+        # As the names of annotations are written: without the "./" of the current folder.
+        self._paths = {os.path.normpath(path): path for path in self.images}
         self._by_name: Dict[str, List[str]] = {}
         self._by_stem: Dict[str, List[str]] = {}
         for path in self.images:
@@ -380,7 +381,9 @@ class ImageIndex:
         for folder in (near, self._root, *around):
             for spelled in forms:
                 path = os.path.normpath(os.path.join(folder, spelled))
-                if path in self._paths or (os.path.isabs(name) and os.path.isfile(path)):
+                if path in self._paths:
+                    return self._paths[path]
+                if os.path.isabs(name) and os.path.isfile(path):
                     return path
         return None
 
@@ -398,7 +401,8 @@ class ImageIndex:
             while same < min(len(own), len(folders)) and own[-1 - same] == folders[-1 - same]:
                 same += 1
             shared = os.path.commonpath([os.path.abspath(folder), os.path.abspath(near)])
-            return same, folder == near, shared.count(os.sep)
+            is_near = os.path.normpath(folder) == os.path.normpath(near)
+            return same, is_near, shared.count(os.sep)
 
         found = sorted(found, key=likeness, reverse=True)
         if likeness(found[0]) == likeness(found[1]):
