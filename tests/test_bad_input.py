@@ -1,5 +1,6 @@
 """Bad input, as a table: what a user can get wrong, and what the message has to contain."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -589,6 +590,14 @@ def test_every_choice_is_one_of_detectron2s():
             ImageMapper(cfg, is_train=True)
     for key in UNREGISTERED:
         check_config(load_config("", [key, UNREGISTERED[key]]), train=True)
+
+
+@pytest.mark.parametrize("sizes, is_right", [("(8, 9)", 1), ("(9, 9)", 1), ("(9, 8)", 0)])
+def test_a_range_of_sizes(sizes, is_right):
+    options = ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", sizes]
+    cfg = load_config("", options)
+    with contextlib.nullcontext() if is_right else pytest.raises(UserError, match=r"is \(9, 8\)"):
+        check_config(cfg, train=True)
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,9 @@ def drop_late_steps(cfg: CfgNode) -> None:
 
 def _check_sizes(cfg: CfgNode) -> None:
     sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-    if sampling == "range" and isinstance(sizes, (list, tuple)) and len(sizes) != 2:
+    if sampling != "range" or not isinstance(sizes, (list, tuple)):
+        return
+    if len(sizes) != 2 or sizes[0] > sizes[1]:
         raise UserError(
             f"INPUT.MIN_SIZE_TRAIN_SAMPLING {sampling!r} needs the least and the largest size, but "
             f"INPUT.MIN_SIZE_TRAIN is {sizes}"
