@@ -11,6 +11,7 @@ from PIL import Image
 
 from balanced_d2 import load_config
 from balanced_d2.data.checks.for_model import check_datasets, load
+from balanced_d2.data.datasets import coco_files
 from balanced_d2.data.datasets.register import register_source
 from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError
@@ -521,6 +522,17 @@ def test_coco_with_the_folder_of_its_images_is_not_read_before_it_is_used(tmp_pa
         assert register_source(name, str(tmp_path / name), str(tmp_path / "images")) == [name]
 
 
+def test_large_coco_files_are_not_parsed_twice(tmp_path, monkeypatch):
+    """Whatever comes first in them: that would take minutes and gigabytes for each process."""
+    content = coco("a.jpg")
+    content["annotations"] *= 3000
+    content = {key: content[key] for key in ("annotations", "categories", "images")}
+    write(tmp_path, "images/a.jpg", **{"a.json": content, "empty.json": ""})
+    monkeypatch.setattr(coco_files, "json_content", lambda path: pytest.fail(f"parses {path}"))
+    for name in ("a.json", "empty.json"):
+        assert register_source(name, str(tmp_path / name), str(tmp_path / "images")) == [name]
+
+
 def test_splits_of_coco_with_the_folder_of_the_images(tmp_path):
     write(tmp_path, "pics/train/a.jpg", "pics/images/val/b.jpg")
     write(tmp_path, **{"boxes/train.json": coco("a.jpg"), "boxes/val.json": coco("b.jpg")})
@@ -534,7 +546,10 @@ def test_splits_of_coco_with_the_folder_of_the_images(tmp_path):
 def test_split_of_coco(tmp_path):
     """With the folder of the images and without."""
     write(tmp_path, *(f"images/{i}.jpg" for i in range(5)))
-    write(tmp_path, **{"all.json": coco(*(f"{i}.jpg" for i in range(5)))})
+    content = coco(*(f"{i}.jpg" for i in range(5)))
+    for image in content["images"]:
+        image["unreadable"] = False  # a field of the user's own
+    write(tmp_path, **{"all.json": content})
     found = read("one", tmp_path / "all.json", tmp_path / "images", fraction=0.4)
     assert found == read("two", tmp_path / "all.json", fraction=0.4)
     assert {split: len(images) for split, images in found.items()} == {"train": 3, "val": 2}

@@ -2,6 +2,7 @@
 
 import os
 import re
+from mmap import ACCESS_READ, mmap
 from typing import Dict, List, NamedTuple, Optional
 
 from balanced_d2.data.datasets.coco_json import parse_json
@@ -10,8 +11,6 @@ from balanced_d2.data.datasets.source import SPLITS, split_in
 from balanced_d2.utils.errors import UserError
 
 MAX_LOOKED_FOR = 50
-HEAD = 2**16
-"""Bytes of a file in which its first keys are."""
 
 
 class CocoFile(NamedTuple):
@@ -35,16 +34,15 @@ def may_be_coco(path: str) -> bool:
     """Whether a JSON file is for the reader of COCO's: it has images, even if nothing else, or it
     cannot be read, which that reader explains.
 
-    Most are not read for this, but their beginning.
+    It is searched and not parsed, which takes many times its size in memory, if it has images.
     """
     try:
-        with open(path, "rb") as file:
-            if re.search(rb'"images"\s*:', file.read(HEAD)):
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            if re.search(rb'"images"\s*:', content):
                 return True
-    except OSError:
+    except (OSError, ValueError):  # the second of an empty file
         return True
-    content = json_content(path)
-    return content is None or (isinstance(content, dict) and "images" in content)
+    return json_content(path) is None
 
 
 def is_coco(content: object) -> bool:

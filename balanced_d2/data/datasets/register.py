@@ -130,8 +130,9 @@ def _register_found(
         contents, more = split_content(content, fraction)
         notes += more
     unreadable: Dict[str, List[str]] = {}
-    for split, content in contents.items():
-        contents[split], unreadable[split] = without_unreadable(content)
+    if isinstance(found, Labelled):
+        for split, content in contents.items():
+            contents[split], unreadable[split] = without_unreadable(content)
     all_unreadable = [why for of_split in unreadable.values() for why in of_split]
     if all_unreadable:
         notes += (f"left out {len(all_unreadable)} image(s): {first_of(all_unreadable)}",)
@@ -152,7 +153,7 @@ def _register_found(
         json_file = files[split].json_file
         if split in contents:
             json_file = _write_json(full_name, contents[split])
-            metadata.update(origin=path, unreadable=unreadable[split])
+            metadata.update(origin=path, unreadable=unreadable.get(split, []))
         log = functools.partial(_log, line, notes)
         register_coco(full_name, json_file, files[split].image_root, prepare=log, **metadata)
     return list(names.values())
