@@ -77,7 +77,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
     take_gray_range(cfg, weights)
     take_class_balance(cfg, weights.config, weights.class_names)
     if resumed and not args.eval_only:
-        check_unfinished(cfg, weights.iteration, resumed)
+        check_unfinished(_scaled(cfg), weights.iteration, resumed)
         continue_with(cfg, weights.config, resumed)
     check_config(cfg, train=not args.eval_only, resume=bool(resumed))
     data = check_datasets(
@@ -167,6 +167,7 @@ def check_unfinished(cfg: CfgNode, iteration: Optional[int], checkpoint: str) ->
     """Raise :class:`UserError` if a resumed training is beyond its end.
 
     Args:
+        cfg: as it is trained, with ``SOLVER.REFERENCE_WORLD_SIZE`` applied.
         iteration: the last one of the checkpoint, from 0; None if it does not say it.
         checkpoint: where the training goes on.
     """
@@ -194,8 +195,7 @@ def continue_with(cfg: CfgNode, before: str, checkpoint: str) -> None:
             "it): a config that differs is not noticed"
         )
         return
-    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())  # as it was saved
-    applied, refused = changes(before, scaled)
+    applied, refused = changes(before, _scaled(cfg))  # as it was saved
     if refused:
         raise UserError(
             f"--resume: the training in {cfg.OUTPUT_DIR} cannot go on with {as_text(refused)}; "
@@ -207,6 +207,10 @@ def continue_with(cfg: CfgNode, before: str, checkpoint: str) -> None:
     if seed_of(before) != cfg.SEED:
         logger.warning(f"--resume: SEED stays {seed_of(before)}, which the order of images follows")
         cfg.SEED = seed_of(before)
+
+
+def _scaled(cfg: CfgNode) -> CfgNode:
+    return DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
 
 def take_gray_range(cfg: CfgNode, weights: Contents) -> None:
