@@ -600,6 +600,21 @@ def test_a_range_of_sizes(sizes, is_right):
         check_config(cfg, train=True)
 
 
+@pytest.mark.parametrize("steps", [(), (5,), (5, 9), (9, 5), (5, 5), (0, 5), (-1, 5)])
+def test_steps_are_those_that_detectron2_takes(steps):
+    cfg = load_config("", ["SOLVER.MAX_ITER", "20", "SOLVER.STEPS", str(steps)])
+    try:
+        build_lr_scheduler(cfg, build_optimizer(cfg, torch.nn.Linear(1, 1)))
+        check_config(cfg, train=True)
+    except UserError:
+        raise
+    except ValueError:
+        with pytest.raises(UserError, match=r"SOLVER.STEPS is \(.* larger than the one before"):
+            check_config(cfg, train=True)
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"  # which has no steps
+    check_config(cfg, train=True)
+
+
 @pytest.mark.parametrize(
     "size, processes, message",
     [

@@ -117,6 +117,7 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
     if train:
         if idle and not resume:
             raise UserError(idle)
+        _check_steps(cfg)
         _check_sizes(cfg)
         check_crop(cfg)
         _check_samplers(cfg)
@@ -297,6 +298,15 @@ def drop_late_steps(cfg: CfgNode) -> None:
             f"SOLVER.MAX_ITER {solver.MAX_ITER}; the learning rate is not reduced there"
         )
         solver.STEPS = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
+
+
+def _check_steps(cfg: CfgNode) -> None:
+    steps = tuple(cfg.SOLVER.STEPS)
+    is_used = cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    if is_used and not all(before < step for before, step in zip((0, *steps), steps)):
+        raise UserError(
+            f"SOLVER.STEPS is {steps}; each has to be above 0 and larger than the one before"
+        )
 
 
 def _check_sizes(cfg: CfgNode) -> None:
