@@ -24,6 +24,7 @@ from balanced_d2.config.lazy import read_config
 from balanced_d2.data import check_datasets, register_coco
 from balanced_d2.data.checks.records import clean
 from balanced_d2.data.mapper import ImageMapper
+from balanced_d2.engine import build_predictor
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
@@ -575,6 +576,14 @@ def test_names_that_there_are_not(key, value, message):
         check_config(load_config(str(ROOT / TINY_CONFIG), [key, value]), train=True)
     for part in (key, repr(value), message):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["BRG", "L"])
+def test_formats_that_predictors_do_not_take(name, tmp_path):
+    (tmp_path / "weights.pth").touch()
+    cfg = load_config("", ["MODEL.WEIGHTS", f"{tmp_path}/weights.pth", "INPUT.FORMAT", name])
+    with pytest.raises(UserError, match=f"INPUT.FORMAT '{name}'; choose one of: BGR, RGB"):
+        build_predictor(cfg, "draw")
 
 
 def test_every_choice_is_one_of_detectron2s():

@@ -7,6 +7,7 @@ from balanced_d2.checkpoint import load_weights, read_contents
 from balanced_d2.config.checks import check_weights
 from balanced_d2.data.classes import model_metadata
 from balanced_d2.engine.speed import speed_up, use_available_device
+from balanced_d2.utils.errors import check_choice
 
 
 def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
@@ -20,9 +21,11 @@ def build_predictor(cfg: CfgNode, purpose: str) -> DefaultPredictor:
         purpose: what the weights are needed for, such as "draw", for the message if there are none.
 
     Raises:
-        UserError: if there are no weights, or they do not fit the model.
+        UserError: if there are no weights, or they do not fit the model, or the predictor does not
+            take its ``INPUT.FORMAT``.
     """
     check_weights(cfg, purpose)
+    check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
     use_available_device(cfg)
     weights = read_contents(cfg.MODEL.WEIGHTS)
     cfg.INPUT.GRAY_RANGE = cfg.INPUT.GRAY_RANGE or weights.gray_range
