@@ -339,6 +339,19 @@ def test_links_and_pipes(tmp_path):
     assert why.endswith("b.jpg does not exist")
 
 
+def test_images_outside_of_a_link(tmp_path, caplog):
+    """What is beside the link is not beside the folder that it leads to."""
+    write(tmp_path, "data/images/a.jpg", **{"data/labels/a.txt": BOX, "disk/far/data/a.txt": ""})
+    write(tmp_path, "disk/far/data/images/a.jpg")  # of something else
+    path = f"path: {tmp_path}/data\ntrain: images\nnames: [dog, cat]\n"
+    write(tmp_path, **{"disk/far/config/data.yaml": path})
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "far" / "config")
+    (name,) = register_source("linked", str(tmp_path / "link"))
+    (record,) = load(name)
+    assert os.path.samefile(record["file_name"], tmp_path / "data" / "images" / "a.jpg")
+    assert "another name" not in caplog.text
+
+
 def test_images_without_a_size_that_cannot_be_read(tmp_path, run_here, caplog):
     """Refused, or left out by DATALOADER.SKIP_BAD_IMAGES; the split is that with them."""
     write(tmp_path, *(f"images/{i}.jpg" for i in range(9)))

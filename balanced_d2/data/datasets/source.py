@@ -98,12 +98,16 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
         for category in categories:
             category["keypoints"] = labelled.keypoints.names
     contents = {}
+    real_root = os.path.realpath(image_root)
     for split, images in labelled.splits.items():
         sizes = read_sizes(images)
         content: Dict[str, List[Dict]] = {"images": [], "annotations": [], "categories": categories}
         for image, size in zip(images, sizes):
             image_id = len(content["images"]) + 1
-            entry = {"id": image_id, "file_name": os.path.relpath(image.path, image_root)}
+            file_name = os.path.relpath(image.path, image_root)
+            if file_name.startswith(os.pardir):  # which, behind a link, is of where it leads
+                file_name = os.path.relpath(image.path, real_root)
+            entry = {"id": image_id, "file_name": file_name}
             scale = (1, 1)
             if isinstance(size, str):
                 entry[UNREADABLE] = size
