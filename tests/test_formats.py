@@ -11,7 +11,7 @@ from PIL import Image
 
 from balanced_d2 import load_config
 from balanced_d2.data.checks.for_model import check_datasets, load
-from balanced_d2.data.datasets import coco_files
+from balanced_d2.data.datasets import coco_files, source
 from balanced_d2.data.datasets.register import register_source
 from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
 from balanced_d2.utils.errors import UserError
@@ -501,6 +501,16 @@ def test_names_are_exact_in_the_current_folder(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     box = (1, 2, 29, 38)
     assert read("here", path)[""] == {"1.jpg": [("cat", *box)], "old/1.jpg": [("dog", *box)]}
+
+
+def test_paths_of_another_machine_are_looked_up_once(tmp_path, monkeypatch):
+    """On network drives, each look-up takes its time."""
+    files = [str(tmp_path / f"images/{video}/{i}.jpg") for video in "ab" for i in range(9)]
+    index, asked = source.ImageIndex(files, str(tmp_path / "images")), []
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path))
+    names = [f"/mnt/old/{video}/{i}.jpg" for video in "ab" for i in range(9)]
+    assert [index.find(name, str(tmp_path / "boxes"), "a.csv") for name in names] == files
+    assert asked == names
 
 
 def test_the_image_folder_of_a_yolo_config_comes_first(tmp_path):

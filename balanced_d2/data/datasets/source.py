@@ -3,6 +3,8 @@
 import math
 import os
 import reprlib
+from functools import cache
+from itertools import takewhile
 from typing import Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 from urllib.parse import unquote
 
@@ -318,6 +320,23 @@ def sorted_by_name(labels: Iterable[Label]) -> Dict[Label, str]:
     return {label: names[label] for label in order}
 
 
+class _Folders(NamedTuple):
+    """The folders on the way to one, from the root of the file system."""
+
+    names: List[str]
+    folded: List[str]
+
+
+def _folders_of(folder: str) -> _Folders:
+    names = os.path.abspath(folder).split(os.sep)
+    return _Folders(names, list(map(fold, names)))
+
+
+def _num_equal(some: Iterable[str], others: Iterable[str]) -> int:
+    """How many of the first ones are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(some, others)))
+
+
 class ImageIndex:
     """Finds the images that annotations name, although folders have been moved.
 
@@ -338,6 +357,7 @@ class ImageIndex:
             self._by_name.setdefault(name, []).append(path)
             self._by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
         self._named: Dict[str, Tuple[str, bool]] = {}
+        self._folders_of = cache(_folders_of)
 
     def find(self, name: str, near: str, where: str) -> Optional[str]:
         """The image with a name, None if there is none.
@@ -379,16 +399,15 @@ class ImageIndex:
         return found
 
     def _exact(self, name: str, near: str) -> Optional[str]:
-        forms = (name, name.replace("\\", "/"), unquote(name))
+        forms = dict.fromkeys((name, name.replace("\\", "/"), unquote(name)))
         # A name that says its folder may do so from the folder around the annotation's.
         around = [os.path.dirname(near)] if any(map(os.path.dirname, forms)) else []
-        for folder in (near, self._root, *around):
-            for spelled in forms:
-                path = os.path.normpath(os.path.join(folder, spelled))
-                if path in self._paths:
-                    return self._paths[path]
-                if os.path.isabs(name) and os.path.isfile(path):
-                    return path
+        places = (os.path.join(f, form) for f in (near, self._root, *around) for form in forms)
+        for path in dict.fromkeys(map(os.path.normpath, places)):
+            if path in self._paths:
+                return self._paths[path]
+            if os.path.isabs(name) and os.path.isfile(path):
+                return path
         return None
 
     def _similar(self, parts: List[str], near: str, where: str) -> Optional[str]:
@@ -398,15 +417,12 @@ class ImageIndex:
         if len(found) <= 1:
             return found[0] if found else None
 
+        around = self._folders_of(near)
+
         def likeness(path: str) -> Tuple[int, bool, int]:
-            folder = os.path.dirname(path)
-            own = fold(folder).split(os.sep)
-            same = 0
-            while same < min(len(own), len(folders)) and own[-1 - same] == folders[-1 - same]:
-                same += 1
-            shared = os.path.commonpath([os.path.abspath(folder), os.path.abspath(near)])
-            is_near = os.path.normpath(folder) == os.path.normpath(near)
-            return same, is_near, shared.count(os.sep)
+            own = self._folders_of(os.path.dirname(path))
+            same = _num_equal(reversed(own.folded), reversed(folders))
+            return same, own.names == around.names, _num_equal(own.names, around.names)
 
         found = sorted(found, key=likeness, reverse=True)
         if likeness(found[0]) == likeness(found[1]):
