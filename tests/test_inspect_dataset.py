@@ -28,6 +28,7 @@ from balanced_d2.analysis.images import find_twins, look_at, perceptual_hash
 from balanced_d2.analysis.inspection import inspect, repeat_factors
 from balanced_d2.analysis.levels import even_canonical_size, evenness, input_sizes, levels_of
 from balanced_d2.data.checks.records import Finding
+from balanced_d2.data.image import read_image
 from balanced_d2.utils.errors import UserError
 from balanced_d2.visualization.crops import SIDE, crop_groups, cut_out
 from balanced_d2.visualization.dataset_charts import dataset_charts
@@ -248,11 +249,13 @@ def test_classes_are_matched_by_name():
     MetadataCatalog.pop("inspected_without_names", None)
 
 
-def test_size_of_an_image_without_one_in_its_record(tmp_path):
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_size_of_an_image_without_one_in_its_record(tmp_path, name):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    Image.new("RGB", (64, 80)).save(tmp_path / "a.jpg", exif=exif)
-    record = {"file_name": str(tmp_path / "a.jpg"), "annotations": []}
+    Image.new("RGB", (64, 80)).save(tmp_path / name, exif=exif)
+    record = {"file_name": str(tmp_path / name), "annotations": []}
+    assert read_image(record["file_name"]).shape == (64, 80, 3)
     assert read_data({"inspected_train": [record]}).sizes.tolist() == [[80, 64]]
     with pytest.raises(UserError, match="nowhere.jpg"):
         read_data({"inspected_train": [{**record, "file_name": "nowhere.jpg"}]})

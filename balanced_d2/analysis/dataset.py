@@ -8,12 +8,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from tqdm import tqdm
 
+from balanced_d2.data.image import size_of
 from balanced_d2.utils.errors import raise_user_errors
 
 # Rows of a matrix of overlaps that are computed together: an image may have thousands of boxes.
 _ROWS = 1000
-_SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's Orientation that exchange width and height
-_ORIENTATION = 0x0112
 
 
 class Data(NamedTuple):
@@ -121,9 +120,7 @@ def _size_of(record: Dict) -> Tuple[int, int]:
         return record["width"], record["height"]
     path = record["file_name"]
     with raise_user_errors(f"image {path}", SyntaxError, ValueError), Image.open(path) as image:
-        # Detectron2 rotates images by their EXIF data.
-        turned = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-        return image.size[::-1] if turned else image.size
+        return size_of(image)
 
 
 class Counts(NamedTuple):
