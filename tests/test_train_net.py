@@ -1,5 +1,6 @@
 """train_net.py and tools/contact_sheet.py as users call them: small real runs, and mistakes."""
 
+import copy
 import json
 import math
 import re
@@ -8,7 +9,11 @@ import shutil
 import cv2
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from balanced_d2.utils.errors import UserError
+from balanced_d2.visualization import draw_contact_sheet
 
 from .conftest import TINY_MODEL, assert_user_error, logged, run_program, train_net
 
@@ -155,8 +160,20 @@ def test_mistakes_at_a_contact_sheet(tiny_coco, tmp_path, run_here):
     for number in ("0", "-1"):
         result = draw(tmp_path / "a.png", "--num-images", number)
         assert_user_error(result, f"--num-images is {number}", "at least 1")
+    for name in ("coco_2017_val", "voc_2007_val"):  # whose loaders do not say what is missing
+        result = draw(tmp_path / "a.png", "--dataset", name)
+        assert_user_error(result, name, "does not exist (built-in datasets are expected in")
     assert draw(tmp_path / "sheet", "--num-images", "1").returncode == 0
     assert cv2.imread(str(tmp_path / "sheet" / "contact_sheet.png")).std() > 10
+
+
+def test_a_contact_sheet_of_a_dataset_without_ids(monkeypatch):
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", copy.copy(catalog.data))
+    DatasetCatalog.register("no_ids", lambda: [{"file_name": "a.jpg", "image_id": 1}])
+    MetadataCatalog.get("no_ids").thing_classes = ["a"]
+    with pytest.raises(UserError, match="'no_ids' is not in COCO's format"):
+        draw_contact_sheet("no_ids", [])
 
 
 def empty(folder):

@@ -5,11 +5,13 @@ from typing import Dict, List, Sequence
 import cv2
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
+from balanced_d2.data.checks.for_model import check_files, load
 from balanced_d2.evaluation.predictions import check_predictions
+from balanced_d2.utils.errors import UserError
 from balanced_d2.visualization.pair import GAP, choose_evenly, draw_pair, pad
 
 HEADER = 34
@@ -37,9 +39,11 @@ def draw_contact_sheet(
         uint8 image (H, W, 3), BGR.
 
     Raises:
-        UserError: see :func:`balanced_d2.evaluation.predictions.check_predictions`.
+        UserError: see :func:`balanced_d2.evaluation.predictions.check_predictions`; and if the
+            dataset cannot be loaded, or is in another format.
     """
-    records = DatasetCatalog.get(dataset_name)
+    check_files(dataset_name)
+    records = load(dataset_name)
     by_image = _group_by_image(dataset_name, records, predictions)
     chosen = choose_evenly(records, num_images)
     metadata = MetadataCatalog.get(dataset_name)
@@ -60,7 +64,12 @@ def draw_contact_sheet(
 def _group_by_image(
     dataset_name: str, records: List[Dict], predictions: Sequence[Dict]
 ) -> Dict[int, List[Dict]]:
-    class_of = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
+    class_of = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
+    if class_of is None:
+        raise UserError(
+            f"data set {dataset_name!r} is not in COCO's format: its categories have no ids, which "
+            "detections could refer to"
+        )
     by_image: Dict[int, List[Dict]] = {record["image_id"]: [] for record in records}
     check_predictions(predictions, by_image, class_of, f"data set {dataset_name!r}")
     for prediction in predictions:
