@@ -4,9 +4,11 @@ import re
 import tempfile
 
 import pytest
+from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
+from torch import nn
 
 from balanced_d2.config.lazy import read_config
-from balanced_d2.engine.dry_run import Forecast, num_evaluations, set_apart
+from balanced_d2.engine.dry_run import Forecast, num_checkpoints, num_evaluations, set_apart
 
 from .conftest import ROOT, TINY_MODEL, assert_user_error, needs_localhost
 from .test_reliability import ONE_THREAD, TORCHRUN, arguments, finish
@@ -90,10 +92,11 @@ def test_a_lazy_config(tiny_coco, tmp_path, temporary, train_net_here):
         *("dataloader.train.mapper.augmentations.0.short_edge_length=[64]", "train.max_iter=2"),
         *("dataloader.test.mapper.augmentations.0.short_edge_length=64", "train.eval_period=1"),
         *("train.init_checkpoint=''", f"train.output_dir={output}"),
+        *("train.checkpointer.period=1", "train.checkpointer.max_to_keep=1"),
         config=LAZY,
     )
     assert result.returncode == 0, result.stderr
-    assert_forecast(result.stdout, 2, 2, 1)
+    assert_forecast(result.stdout, 2, 2, 2)
     assert not output.exists() and not list(temporary.iterdir())
 
 
@@ -134,3 +137,16 @@ def test_the_forecast_adds_up():
 def test_number_of_evaluations(num_iterations, period):
     due = {n for n in range(1, num_iterations) if period and n % period == 0}
     assert num_evaluations(num_iterations, period) == len(due | {num_iterations})
+
+
+@pytest.mark.parametrize("num_iterations", range(1, 12))
+@pytest.mark.parametrize("period", [1, 2, 5])
+@pytest.mark.parametrize("max_to_keep", [None, 1, 3])
+def test_number_of_checkpoints(tmp_path, num_iterations, period, max_to_keep):
+    checkpointer = PeriodicCheckpointer(
+        Checkpointer(nn.Linear(1, 1), str(tmp_path)), period, num_iterations, max_to_keep
+    )
+    for iteration in range(num_iterations):
+        checkpointer.step(iteration)
+    left = list(tmp_path.glob("*.pth"))
+    assert num_checkpoints(num_iterations, period, max_to_keep) == len(left)

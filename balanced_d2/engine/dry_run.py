@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
-from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Tuple, Type
+from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -101,6 +101,8 @@ def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:
     try:
         trainer = trainer_class(cfg)
         trainer.resume_or_load(resume=False)
+        periodic = [h for h in trainer._hooks if isinstance(h, hooks.PeriodicCheckpointer)]
+        max_to_keep = periodic[0].max_to_keep if periodic else None  # a LazyConfig may limit it
         times = list(_iterations(trainer))
         evaluation, results = _evaluate(trainer)
         cfg, number = trainer.cfg, trainer.max_iter
@@ -111,7 +113,8 @@ def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:
             num_evaluations(number, cfg.TEST.EVAL_PERIOD) if cfg.DATASETS.TEST else 0,
             _memory(cfg),
             size_of_checkpoint(trainer),
-            number // cfg.SOLVER.CHECKPOINT_PERIOD + 1 + bool(cfg.TEST.BEST_CHECKPOINT.METRIC),
+            num_checkpoints(number, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep)
+            + bool(cfg.TEST.BEST_CHECKPOINT.METRIC),
         )
         comm.synchronize()  # the others may still use the folder
     finally:
@@ -127,6 +130,13 @@ def dry_run(trainer_class: Type[BalancedTrainer], cfg: CfgNode) -> Forecast:
 def num_evaluations(num_iterations: int, period: int) -> int:
     """Number of evaluations in a training: one at its end, and those of ``TEST.EVAL_PERIOD``."""
     return (num_iterations - 1) // period + 1 if period > 0 else 1
+
+
+def num_checkpoints(num_iterations: int, period: int, max_to_keep: Optional[int] = None) -> int:
+    """Number of checkpoints that a training leaves: one at its end, and those of
+    ``SOLVER.CHECKPOINT_PERIOD``, of which it may keep only the latest."""
+    periodic = num_iterations // period
+    return min(periodic, max_to_keep or periodic) + 1
 
 
 def _iterations(trainer: BalancedTrainer) -> Iterator[float]:
