@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -212,6 +213,11 @@ def test_no_side_is_scaled_to_nothing(tmp_path, is_train):
     mapper = pickle.loads(pickle.dumps(ImageMapper(load_config("", []), is_train=is_train)))
     (record,) = DatasetCatalog.get(NAME)
     assert mapper(record)["image"].shape == (3, 1, 1333)
+    # As in a LazyConfig.
+    resize = T.ResizeShortestEdge(800, 1333)
+    mapper = ImageMapper(is_train=is_train, augmentations=[resize], image_format="BGR")
+    assert mapper(record)["image"].shape == (3, 1, 1333)
+    assert type(resize) is T.ResizeShortestEdge  # which others may use
 
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])

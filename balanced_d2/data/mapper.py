@@ -1,5 +1,6 @@
 """From records to the input of models."""
 
+from copy import copy
 from typing import Dict
 from unittest import mock
 
@@ -20,6 +21,13 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return transform
 
 
+def _kept(augmentation: T.Augmentation) -> T.Augmentation:
+    if type(augmentation) is T.ResizeShortestEdge:
+        augmentation = copy(augmentation)
+        augmentation.__class__ = ResizeShortestEdge
+    return augmentation
+
+
 class ImageMapper(DatasetMapper):
     """Detectron2's mapper, which reads gray images of more than 8 bits in their full range, and
     scales no side of an image to nothing.
@@ -31,15 +39,12 @@ class ImageMapper(DatasetMapper):
     @configurable
     def __init__(self, *args, gray_range: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
+        self.augmentations.augs[:] = map(_kept, self.augmentations.augs)
         self.gray_range = gray_range
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
-        arguments = super().from_config(cfg, is_train)
-        for augmentation in arguments["augmentations"]:
-            if type(augmentation) is T.ResizeShortestEdge:
-                augmentation.__class__ = ResizeShortestEdge
-        return {**arguments, "gray_range": cfg.INPUT.GRAY_RANGE}
+        return {**super().from_config(cfg, is_train), "gray_range": cfg.INPUT.GRAY_RANGE}
 
     def __call__(self, dataset_dict: Dict):
         def read(file_name: str, format=None):
