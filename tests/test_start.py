@@ -444,6 +444,9 @@ def test_a_resumed_training_that_is_beyond_its_end(trained, tiny_coco, tmp_path,
     result = train_net_here("--resume", *run, "SOLVER.MAX_ITER", "1")
     assert_user_error(result, "MAX_ITER (train.max_iter) is 1", "has made 2 iterations")
     assert (tmp_path / "output" / "config.yaml").read_text() == written
+    wrong = ("SOLVER.IMS_PER_BATCH", "3", "SOLVER.REFERENCE_WORLD_SIZE", "2")
+    result = train_net_here("--resume", *run, *wrong)
+    assert_user_error(result, "has to be a multiple of SOLVER.REFERENCE_WORLD_SIZE, 2")
     # Which it has reached; or 4, which is said for four processes that share them.
     scaled = ("SOLVER.MAX_ITER", "1", "SOLVER.REFERENCE_WORLD_SIZE", "4")
     for options in (("SOLVER.MAX_ITER", "2"), (*scaled, "SOLVER.IMS_PER_BATCH", "8")):

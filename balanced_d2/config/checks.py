@@ -357,19 +357,19 @@ def _check_batch(cfg: CfgNode) -> None:
     """Raise :class:`UserError` if a batch cannot be divided among the processes, and into the parts
     of ``SOLVER.ACCUMULATE``."""
     key, size, parts = "SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
-    # Detectron2 scales the batch to as many processes as there are.
-    processes = cfg.SOLVER.REFERENCE_WORLD_SIZE or comm.get_world_size()
+    divisor, processes = "the number of processes", comm.get_world_size()
     if hasattr(cfg, "lazy"):  # in which it is the loader's
         key = "dataloader.train.total_batch_size"
-        size, processes = cfg.lazy.dataloader.train.get("total_batch_size"), comm.get_world_size()
+        size = cfg.lazy.dataloader.train.get("total_batch_size")
+    elif cfg.SOLVER.REFERENCE_WORLD_SIZE:  # Detectron2 scales it to as many as there are
+        divisor, processes = "SOLVER.REFERENCE_WORLD_SIZE", cfg.SOLVER.REFERENCE_WORLD_SIZE
     if parts < 1:
         raise UserError(f"SOLVER.ACCUMULATE is {parts}; it has to be at least 1")
     if size is None:  # a loader of another kind
         return
     if size < 1 or size % processes:
         raise UserError(
-            f"the batch size ({key}) is {size}; it has to be a multiple of the number of "
-            f"processes, {processes}"
+            f"the batch size ({key}) is {size}; it has to be a multiple of {divisor}, {processes}"
         )
     if parts > size // processes:
         raise UserError(

@@ -76,10 +76,10 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> Start:
     follows = take_num_classes(cfg, weights, by_hand, resumed or cfg.MODEL.WEIGHTS)
     take_gray_range(cfg, weights)
     take_class_balance(cfg, weights.config, weights.class_names)
+    check_config(cfg, train=not args.eval_only, resume=bool(resumed))
     if resumed and not args.eval_only:
         check_unfinished(_scaled(cfg), weights.iteration, resumed)
         continue_with(cfg, weights.config, resumed)
-    check_config(cfg, train=not args.eval_only, resume=bool(resumed))
     data = check_datasets(
         cfg,
         train=not args.eval_only,
