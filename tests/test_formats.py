@@ -350,6 +350,14 @@ def test_images_outside_of_a_link(tmp_path, caplog):
     (record,) = load(name)
     assert os.path.samefile(record["file_name"], tmp_path / "data" / "images" / "a.jpg")
     assert "another name" not in caplog.text
+    # Links around all of it change no name, by which --split divides.
+    (tmp_path / "around").symlink_to(tmp_path / "disk")
+    write(tmp_path, **{"disk/far/config/data.yaml": "path: ../data\ntrain: images\nnames: [x]\n"})
+    write(tmp_path, **{"disk/far/data/labels/a.txt": BOX.replace("1", "0", 1)})
+    for folder in ("disk", "around"):
+        (name,) = register_source(folder, str(tmp_path / folder / "far" / "config"))
+        content = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+        assert [image["file_name"] for image in content["images"]] == ["../data/images/a.jpg"]
 
 
 def test_images_without_a_size_that_cannot_be_read(tmp_path, run_here, caplog):

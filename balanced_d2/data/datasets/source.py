@@ -100,7 +100,7 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
         for category in categories:
             category["keypoints"] = labelled.keypoints.names
     contents = {}
-    real_root = os.path.realpath(image_root)
+    real = cache(os.path.realpath)
     for split, images in labelled.splits.items():
         sizes = read_sizes(images)
         content: Dict[str, List[Dict]] = {"images": [], "annotations": [], "categories": categories}
@@ -108,7 +108,8 @@ def as_coco(labelled: Labelled, image_root: str) -> Dict[str, Dict]:
             image_id = len(content["images"]) + 1
             file_name = os.path.relpath(image.path, image_root)
             if file_name.startswith(os.pardir):  # which, behind a link, is of where it leads
-                file_name = os.path.relpath(image.path, real_root)
+                folder, name = os.path.split(image.path)
+                file_name = os.path.join(os.path.relpath(real(folder), real(image_root)), name)
             entry = {"id": image_id, "file_name": file_name}
             scale = (1, 1)
             if isinstance(size, str):
