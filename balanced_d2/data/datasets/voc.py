@@ -65,18 +65,21 @@ def read_voc(
     xml_files = [path for path in files if path.lower().endswith(".xml")]
     index = ImageIndex(images, image_dir or root)
     read: Dict[str, LabelledImage] = {}
-    missing = []
+    missing: List[str] = []
+    unsized: List[str] = []
     for path in WithBar(xml_files, desc="reading XML", unit="file"):
         image, found = _read_file(path, index)
         read[path] = image
         if not found:
-            missing.append(f"{path} ({os.path.basename(image.path)})")
+            where = f"{path} ({os.path.basename(image.path)})"
+            missing.append(where)
+            if not image.size:
+                unsized.append(where)
     if len(missing) == len(xml_files):
         raise UserError(
             f"{root}: none of the images of {len(missing)} XML file(s) has been found; give their "
             f"folder as the last argument of --register: {first_of(missing)}"
         )
-    unsized = [where for where in missing if not read[where.rpartition(" (")[0]].size]
     if unsized:
         raise UserError(
             f"{root}: the images of {len(unsized)} XML file(s) do not exist: {first_of(unsized)}"
