@@ -10,7 +10,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from balanced_d2 import load_config
+from balanced_d2.data.checks.coco_file import check_coco
 from balanced_d2.data.checks.for_model import check_datasets, load
+from balanced_d2.data.checks.records import report
 from balanced_d2.data.datasets import coco_files, source
 from balanced_d2.data.datasets.register import register_source
 from balanced_d2.utils.arguments import DOTTED_KEY, split_at_key
@@ -572,6 +574,19 @@ def test_splits_of_coco_with_the_folder_of_the_images(tmp_path):
         "train": {"../pics/train/a.jpg": [YOLO_BOX]},
         "val": {"../pics/images/val/b.jpg": [YOLO_BOX]},
     }
+
+
+@pytest.mark.parametrize("wrong", [None, [1], {}])
+def test_split_of_coco_with_a_wrong_id(tmp_path, wrong):
+    """It is divided like any other, and refused where it is used."""
+    content = coco(*(f"{i}.jpg" for i in range(5)))
+    content["images"][2]["id"] = wrong
+    write(tmp_path, *(f"{i}.jpg" for i in range(5)), **{"all.json": content})
+    names = register_source("wrong", str(tmp_path / "all.json"), fraction=0.4)
+    with pytest.raises(UserError, match="'wrong_.*: 1 image.s. have no valid id"):
+        for name in names:
+            findings = check_coco(name, MetadataCatalog.get(name).json_file)
+            report(name, [finding for finding in findings if finding.refused])
 
 
 def test_split_of_coco(tmp_path):

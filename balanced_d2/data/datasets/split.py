@@ -21,7 +21,7 @@ def split_content(content: Dict, fraction: float) -> Tuple[Dict[str, Dict], Tupl
     Raises:
         UserError: if there are less than two images.
     """
-    names = {image.get("id"): _name(image) for image in content["images"]}
+    names = {_hashable(image.get("id")): _name(image) for image in content["images"]}
     labels: Dict[str, Set[str]] = {name: set() for name in names.values()}
     for annotation in content["annotations"]:
         name = names.get(_hashable(annotation.get("image_id")))
@@ -31,7 +31,7 @@ def split_content(content: Dict, fraction: float) -> Tuple[Dict[str, Dict], Tupl
     contents = {}
     for split, is_val in (("train", False), ("val", True)):
         images = [image for image in content["images"] if (_name(image) in val) == is_val]
-        ids = {image.get("id") for image in images}
+        ids = {_hashable(image.get("id")) for image in images}
         annotations = [a for a in content["annotations"] if _hashable(a.get("image_id")) in ids]
         contents[split] = {**content, "images": images, "annotations": annotations}
     titles = {str(c.get("id")): str(c.get("name")) for c in content["categories"]}
