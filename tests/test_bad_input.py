@@ -578,6 +578,15 @@ def test_names_that_there_are_not(key, value, message):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["MASK", "KEYPOINT"])
+def test_names_of_parts_that_a_model_does_not_have(part):
+    """Detectron2 does not look at them, and they may be of a project that is not imported."""
+    options = [f"MODEL.ROI_{part}_HEAD.NAME", "Elsewhere", f"MODEL.{part}_ON"]
+    check_config(load_config("", [*options, "False"]), train=True)
+    with pytest.raises(UserError, match=f"MODEL.ROI_{part}_HEAD.NAME: there is no 'Elsewhere'"):
+        load_config("", [*options, "True"])
+
+
 @pytest.mark.parametrize("name", ["BRG", "L"])
 def test_formats_that_predictors_do_not_take(name, tmp_path):
     (tmp_path / "weights.pth").touch()

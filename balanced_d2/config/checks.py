@@ -35,7 +35,7 @@ from balanced_d2.utils.errors import UserError, check_choice, check_package
 
 logger = logging.getLogger(__name__)
 
-# Of keys that name a class, other than the parts of a model that it may not have.
+# Of keys that name a class.
 REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
@@ -52,6 +52,11 @@ REGISTRIES = {
 UNREGISTERED = {
     "MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals",
     "MODEL.ROI_BOX_HEAD.NAME": "",
+}
+# Keys of parts that a model may not have, with those that say it.
+OPTIONAL_PARTS = {
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": "MODEL.KEYPOINT_ON",
+    "MODEL.ROI_MASK_HEAD.NAME": "MODEL.MASK_ON",
 }
 
 # The values of keys that Detectron2 compares with texts, late or not at all.
@@ -133,9 +138,12 @@ def check_config(cfg: CfgNode, train: bool, resume: bool = False) -> None:
 
 
 def check_names(cfg: CfgNode) -> None:
-    """Raise :class:`UserError` if a key names something that is not in its registry."""
+    """Raise :class:`UserError` if a key names something that is not in its registry; those of parts
+    that the model does not have may name those of another project."""
     for key, registry in REGISTRIES.items():
         name = _value(cfg, key)
+        if key in OPTIONAL_PARTS and not _value(cfg, OPTIONAL_PARTS[key]):
+            continue
         if name not in registry and name != UNREGISTERED.get(key):
             names = [known for known, _ in registry]
             close = difflib.get_close_matches(name, names, n=1) or names
