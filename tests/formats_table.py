@@ -676,17 +676,6 @@ REFUSED = [
         ["1 labelled image(s) are in no folder of a split"],
     ),
     ("VOC without images", "", {"a.xml": VOC}, ["none of the images of 1 XML", "last argument"]),
-    (
-        "VOC, one without image and size",
-        "",
-        {"a.jpg": "", "a.xml": VOC} | {"b.xml": voc(name="b.jpg", size=(0, 0))},
-        ["of 1 XML file(s) do not exist", "b.jpg"],
-    ),
-    (
-        *("VOC, one without image and size, named by Windows", ""),
-        {"a.jpg": "", "a.xml": VOC} | {"b.xml": voc(name="b (1).jpg", size=(0, 0))},
-        ["of 1 XML file(s) do not exist", "b.xml (b (1).jpg)"],
-    ),
     ("VOC, broken", "", {"a.jpg": "", "a.xml": VOC[:-9]}, ["a.xml is not valid XML", "line 1"]),
     (
         *("VOC, a word for a number", "", {"a.jpg": "", "a.xml": VOC.replace("40", "left")}),

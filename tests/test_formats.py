@@ -28,9 +28,11 @@ from .formats_table import (
     ROBOFLOW_LABELS,
     SIZE,
     VIA_RECT,
+    VOC,
     YOLO_BOX,
     coco,
     via,
+    voc,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -392,6 +394,14 @@ def test_images_without_a_size_that_cannot_be_read(tmp_path, run_here, caplog):
         image.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 9 image\(s\) can be read: .* is empty; "):
         register_source("none", str(tmp_path))
+
+
+def test_an_image_of_voc_without_a_size_that_does_not_exist(tmp_path, caplog):
+    """As in other formats: it is left out of the data, and refused where these are used."""
+    write(tmp_path, "a.jpg", **{"a.xml": VOC, "b.xml": voc(name="b (1).jpg", size=(0, 0))})
+    assert list(read("without", tmp_path)[""]) == ["a.jpg"]
+    assert f"left out 1 image(s): {tmp_path}/b (1).jpg does not exist" in caplog.text
+    assert MetadataCatalog.get("without").unreadable == [f"{tmp_path}/b (1).jpg does not exist"]
 
 
 def test_numbers_as_classes(tmp_path):

@@ -66,23 +66,15 @@ def read_voc(
     index = ImageIndex(images, image_dir or root)
     read: Dict[str, LabelledImage] = {}
     missing: List[str] = []
-    unsized: List[str] = []
     for path in WithBar(xml_files, desc="reading XML", unit="file"):
         image, found = _read_file(path, index)
         read[path] = image
         if not found:
-            where = f"{path} ({os.path.basename(image.path)})"
-            missing.append(where)
-            if not image.size:
-                unsized.append(where)
+            missing.append(f"{path} ({os.path.basename(image.path)})")
     if len(missing) == len(xml_files):
         raise UserError(
             f"{root}: none of the images of {len(missing)} XML file(s) has been found; give their "
             f"folder as the last argument of --register: {first_of(missing)}"
-        )
-    if unsized:
-        raise UserError(
-            f"{root}: the images of {len(unsized)} XML file(s) do not exist: {first_of(unsized)}"
         )
     labels = {item.label for image in read.values() for item in image.objects}
     splits, notes = _splits(root, files, read)
