@@ -36,8 +36,8 @@ OUTPUTS = {
     "torchscript": ["boxes", "classes", "scores", "image_size"],
     "aoti": ["num_detections", "boxes", "scores", "classes"],
 }
-# Numbers of images, heights and widths. P6 has more than one position.
-SIZES = [(1, 97, 211), (2, 64, 96), (3, 1, 65), (1, 300, 400)]
+# Numbers of images, heights and widths; in the last ones, levels have a single position.
+SIZES = [(1, 97, 211), (2, 64, 96), (1, 300, 400), (3, 1, 65), (2, 31, 64), SMALLEST]
 has_compiler = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler"
 )
@@ -161,16 +161,16 @@ def test_mask_heads_have_no_transposed_convolutions():
 @pytest.mark.slow
 @has_compiler
 @pytest.mark.skipif(not os.environ.get("EXPORT_IMAGES"), reason="EXPORT_IMAGES is not set")
-@pytest.mark.parametrize(
-    "name", [n for n in OPTIONS if "keypoints" not in n and "RetinaNet" not in n]
-)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "masks and keypoints"])
 def test_packages_of_other_models(name, tmp_path):
     model = small_model(*OPTIONS[name])
     path = str(tmp_path / "model.pt2")
     export.export_aoti(model, smooth_image(120, 140, seed=1), path, described("aoti"))
     detect = padded(torch._inductor.aoti_load_package(path), fill=99.0)
+    # timm's has so many layers that their rounding adds up to 1.6e-5 in a score.
+    kind = "onnx" if name == "timm" else "tracing"
     for batch in SIZES:
-        assert assert_equal(model, detect, batch) > 0
+        assert assert_equal(model, detect, batch, kind) > 0
 
 
 @pytest.mark.slow

@@ -304,16 +304,12 @@ def test_models_that_no_program_is_made_of(opts, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", ["aoti", "onnx-batch"])
-def test_formats_without_keypoints(format):
+@pytest.mark.parametrize(
+    ["format", "opts"], [("onnx-batch", KEYPOINTS), ("aoti", ARCHITECTURES["masks and keypoints"])]
+)
+def test_formats_without_keypoints(format, opts):
     with pytest.raises(UserError, match=f"with --format {format}; use --format .* or pt2"):
-        export.check_exportable(small_model(*KEYPOINTS), format)
-
-
-def test_retinanet_is_not_compiled():
-    model = small_model(*ARCHITECTURES["RetinaNet"])
-    with pytest.raises(UserError, match="RetinaNet cannot be exported with --format aoti; use"):
-        export.check_exportable(model, "aoti")
+        export.check_exportable(small_model(*opts), format)
 
 
 def test_runner_reads_fixed_slots_and_refuses_newer_files(tmp_path):

@@ -26,8 +26,7 @@ def export_aoti(model: nn.Module, image: torch.Tensor, path: str, metadata: dict
 
     A process loads it by ``torch._inductor.aoti_load_package`` with torch and torchvision alone; no
     compiler is needed there. What it takes and returns is said by
-    :class:`balanced_d2.export.batched.PaddedDeployable`, but for images of which a level of the
-    pyramid has a single position: these it refuses.
+    :class:`balanced_d2.export.batched.PaddedDeployable`.
 
     Args:
         model: as for :class:`PaddedDeployable`. It stays as it is.

@@ -12,7 +12,6 @@ import torch
 from detectron2.modeling import Backbone, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 from torch.nn import functional as F
@@ -130,8 +129,8 @@ class BatchDeployable(nn.Module):
         for anchors, logits, deltas in zip(
             _anchors(rpn.anchor_generator, levels), *rpn.rpn_head(levels)
         ):
-            scores, index = _best(permute_to_N_HWA_K(logits, 1)[:, :, 0], number)
-            deltas = permute_to_N_HWA_K(deltas, 4)
+            scores, index = _best(_by_anchor(logits, 1)[:, :, 0], number)
+            deltas = _by_anchor(deltas, 4)
             all_boxes.append(_decode(rpn.box2box_transform, anchors, deltas, index))
             all_scores.append(scores)
         boxes, scores = torch.stack(all_boxes, dim=1), torch.stack(all_scores, dim=1)
@@ -216,12 +215,12 @@ class BatchDeployable(nn.Module):
         for anchors, logits, deltas in zip(
             _anchors(model.anchor_generator, levels), *model.head(levels)
         ):
-            scores = permute_to_N_HWA_K(logits, num_classes).flatten(1).sigmoid()
+            scores = _by_anchor(logits, num_classes).flatten(1).sigmoid()
             scores = torch.where(scores > model.test_score_thresh, scores, -torch.inf)
             scores, index = _best(scores, number)
             label = index % num_classes
             anchor = (index - label).div(num_classes, rounding_mode="floor")
-            boxes = _decode(model.box2box_transform, anchors, permute_to_N_HWA_K(deltas, 4), anchor)
+            boxes = _decode(model.box2box_transform, anchors, _by_anchor(deltas, 4), anchor)
             found.append(Candidates(boxes, scores, label))
         boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*found))
         if getattr(model, "clip_before_nms", False):
@@ -357,9 +356,18 @@ def _anchors(
             for length in level.shape[2:]
         )
         y, x = torch.meshgrid(y, x, indexing="ij")
-        shifts = torch.stack([x, y, x, y], dim=2).reshape(-1, 1, 4)
-        anchors.append((shifts + cell).reshape(-1, 4))
+        shifts = torch.stack([x, y, x, y], dim=2).reshape(-1, 4)
+        # Not broadcast along the positions: a program would ask for more than one of them.
+        of_cells = torch.cat([shifts + base for base in cell], dim=1)
+        anchors.append(of_cells.reshape(-1, 4))
     return anchors
+
+
+def _by_anchor(x: torch.Tensor, number: int) -> torch.Tensor:
+    """Predictions (N, A * K, H, W) of K = ``number`` as (N, H * W * A, K)."""
+    x = x.unflatten(1, (-1, number)).permute(0, 3, 4, 1, 2)
+    # A copy in any case: a program would ask for more than one position, which needs one.
+    return x.clone(memory_format=torch.contiguous_format).flatten(1, 3)
 
 
 def _best(scores: torch.Tensor, number: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -368,9 +376,8 @@ def _best(scores: torch.Tensor, number: int) -> Tuple[torch.Tensor, torch.Tensor
     Scores that are there are never exceeded by those put behind them, so that ties are resolved as
     in a search among the scores alone.
     """
-    length = scores.shape[1]
-    missing: Any = torch.sym_max(number - length, 0)
-    best, index = F.pad(scores, (0, missing), value=-torch.inf).topk(number, dim=1)
+    # Always by so many, because by how many there are less is an expression of the image's size.
+    best, index = F.pad(scores, (0, number), value=-torch.inf).topk(number, dim=1)
     return best, torch.where(best > -torch.inf, index, 0)
 
 

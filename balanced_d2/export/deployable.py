@@ -143,17 +143,17 @@ def _check_batch_exportable(model: nn.Module, format: str) -> None:
     """That nothing is replaced of what :class:`balanced_d2.export.batched.BatchDeployable` computes
     in the place of Detectron2's methods."""
     advice = f"cannot be exported with --format {format}; use --format torchscript"
-    if predicts(model)["keypoints"] and format != "pt2":
+    if predicts(model)["keypoints"] and format == "onnx-batch":
         raise UserError(
             f"a model that predicts keypoints {advice} or pt2: each box's heat map is scaled to "
             "the size of the box, a loop over sizes that are data"
         )
+    if format == "aoti" and all(predicts(model).values()):
+        raise UserError(
+            f"a model that predicts masks and keypoints {advice} or pt2: AOTInductor (of PyTorch "
+            "2.14) does not compile it"
+        )
     if isinstance(model, RetinaNet):
-        if format == "aoti":
-            raise UserError(
-                f"RetinaNet {advice}, pt2 or onnx-batch: AOTInductor takes more than ten minutes "
-                "for the sizes of its coarsest levels"
-            )
         return
     rpn: Any = model.proposal_generator
     heads: Any = model.roi_heads

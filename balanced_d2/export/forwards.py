@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 import torch
+from detectron2.modeling.backbone import FPN
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,3 +41,27 @@ def _pad_and_convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the width
     x = F.pad(x, padding)
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def unrelated_sizes(model: nn.Module) -> Dict[nn.Module, Callable]:
+    """For :func:`computed_by`: the levels that convolutions add above those of the backbone, with
+    sizes that are symbols of their own.
+
+    As expressions of the image's size, divided and rounded once more for each level, they take a
+    compiler more than half an hour to simplify, wherever these levels are read.
+    """
+    pyramids = [module for module in model.modules() if isinstance(module, FPN)]
+    added = [module for fpn in pyramids if fpn.top_block for module in fpn.top_block.modules()]
+    convs = (module for module in added if isinstance(module, nn.Conv2d))
+    return dict.fromkeys(convs, _without_relation)
+
+
+def _without_relation(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    x = type(conv).forward(conv, x)
+    for dim in (2, 3):
+        # Through a tensor, whose value is not followed.
+        length: Any = torch.full((), x.shape[dim], dtype=torch.float32).floor().long().item()
+        torch._check(length >= 1)
+        # Not narrow(), which asserts the relation, and whose strides would still have it.
+        x = x.index_select(dim, torch.arange(length, device=x.device))
+    return x

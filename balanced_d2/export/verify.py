@@ -30,9 +30,9 @@ TOLERANCES = {
 # The same for outputs that only some models have: a mask is a probability, a keypoint is x, y in
 # pixels and a score. Keypoints go to files of PyTorch only.
 ADDITIONAL_TOLERANCES: Dict[str, Dict[str, Tuple[float, ...]]] = {
-    "torchscript": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
-    "pt2": {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)},
-    "aoti": {"masks": (1e-4,)},
+    **dict.fromkeys(
+        ("torchscript", "pt2", "aoti"), {"masks": (1e-4,), "keypoints": (0.01, 0.01, 1e-4)}
+    ),
     **dict.fromkeys(("onnx", "onnx-batch"), {"masks": (1e-2,)}),
 }
 
