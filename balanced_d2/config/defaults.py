@@ -76,8 +76,9 @@ def add_balanced_config(cfg: CN) -> None:
     # the counts.
     cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS = []
     # Beta of the effective number, for weights by the counts: 0 for equal weights, 1 for the
-    # inverse frequency.
-    cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHT_BETA = 0.999
+    # inverse frequency. With the paper's 0.999, hardly less of a correction than that on small
+    # data, a study (docs/imbalance.md) lost what this value gains.
+    cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHT_BETA = 0.99
     # For the focal losses: how much proposals that are classified well are down-weighted.
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 2.0
     # For "seesaw": the exponents of mitigation and compensation, the least score that compensation

@@ -40,7 +40,7 @@ ROWS: Dict[str, Options] = {
     "repeat factors": repeat_factors,
     "uniform classes": ["DATALOADER.SAMPLER_TRAIN", "UniformClassTrainingSampler"],
     "inverse frequency": [LOSS, "weighted_cross_entropy", BETA, "1.0"],
-    "effective number": [LOSS, "weighted_cross_entropy"],
+    "effective number": [LOSS, "weighted_cross_entropy", BETA, "0.999"],
     "focal": [LOSS, "focal"],
     "balanced softmax": [LOSS, "balanced_softmax"],
     "seesaw": [LOSS, "seesaw"],
