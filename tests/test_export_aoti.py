@@ -157,6 +157,24 @@ def test_mask_heads_have_no_transposed_convolutions():
     assert not any("conv_transpose" in name for name in names)
 
 
+@pytest.mark.slow
+def test_retinanet_can_be_compiled():
+    """No size is an expression with the image's size divided by the stride of P7, which would take
+    half an hour to simplify, and no level has to have more than one position."""
+    model = small_model(*ARCHITECTURES["RetinaNet"])
+    program = export_padded_program(model, smooth_image(120, 140, seed=1))
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    shapes = [str(value.shape) for value in values if isinstance(value, torch.Tensor)]
+    assert any("//64" in shape for shape in shapes)  # that the convolution of P6 itself returns
+    assert not any("//128" in shape for shape in shapes)
+    assertions = [
+        node.args[1]
+        for node in program.graph.nodes
+        if node.target is torch.ops.aten._assert_scalar.default
+    ]
+    assert assertions and not any("Ne(" in text for text in assertions)
+
+
 # Each takes minutes to compile: `make soak`.
 @pytest.mark.slow
 @has_compiler
