@@ -27,7 +27,7 @@ PAGES += sorted(
 )
 MARK = "not run by the tests: "
 # For what is not available on this machine, or is run elsewhere.
-REASONS = "needs |it runs them|takes (half an?|three|four|six) |it serves until it is stopped"
+REASONS = "needs |it runs them|takes (half an?|four) |it serves until it is stopped"
 
 
 class Block(NamedTuple):

@@ -2,8 +2,8 @@
 """Train every way of balancing classes, on generated data with a tail and on Aquarium.
 
 Run from the project's root: python -m studies.class_balance.train. Every run writes one JSON line;
-one that has its line is not repeated, and one that was interrupted continues. README.md says how
-the lines are analysed.
+one that has its line is not repeated, and one that was interrupted continues. The README.md
+beside this file says how the lines are analysed.
 """
 
 import json
