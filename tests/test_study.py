@@ -28,7 +28,7 @@ OPTS = [*TINY_MODEL[2:], "SOLVER.MAX_ITER", "5", "SOLVER.BASE_LR", "0.0"]
 @pytest.fixture(scope="module")
 def gradients():
     pytest.importorskip("scipy")
-    return importlib.import_module("studies.bccd_ablation.gradients")
+    return importlib.import_module("studies.gradients")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     result = run_program(
         *(
             "-m",
-            "studies.bccd_ablation.gradients",
+            "studies.gradients",
             "--config-file",
             "configs/BCCD/faster_rcnn_R_18_FPN.yaml",
         ),
