@@ -114,7 +114,11 @@ def test_estimates(estimates):
     assert gain.margin == pytest.approx(2.776 * 1 / math.sqrt(5), rel=1e-3)
     # t = 4.472 with four degrees of freedom.
     assert gain.p == pytest.approx(0.0111, abs=2e-4)
-    assert estimates.difference({0: 1.0}, plain) is None
+    single = estimates.difference({0: 51.0, 99: 1.0}, plain)
+    assert str(single) == "+1.0" and math.isnan(single.p)
+    assert estimates.difference({99: 1.0}, plain) is None
+    assert str(estimates.Difference(1.0, 0.5, 0.0004)) == "+1.0 ± 0.5 (p < 0.001)"
+    assert str(estimates.Difference(1.0, 0.5, 0.0006)) == "+1.0 ± 0.5 (p = 0.001)"
     assert estimates.difference(plain, plain).p == 1
     assert estimates.difference(dict.fromkeys(plain, math.nan), plain) is None
 
@@ -206,11 +210,11 @@ def test_tables_and_picture(tmp_path):
     cells = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| all")]
     means, gains, powers, costs, _, shapes_gains, _, shapes_costs = cells
     assert means[1:3] == ["3", "44.0 ± 2.5"] and means[7:9] == ["–", "60.0 ± 0.0 |"]
-    assert gains[1] == "+2.0 ± 0.0 (p = 0.000)" and gains[6:] == ["–", "+0.0 ± 0.0 (p = 1.000) |"]
-    assert powers[1:] == ["0.000", "0.000", "+nan", "± 0.0 |"] and costs[3] == "1.10"
+    assert gains[1] == "+2.0 ± 0.0 (p < 0.001)" and gains[6:] == ["–", "+0.0 ± 0.0 (p = 1.000) |"]
+    assert powers[1:] == ["3", "< 0.001", "< 0.001", "–", "± 0.0 |"] and costs[3] == "1.10"
     assert shapes_gains[1].startswith("-9.0 ± 0.0") and shapes_costs[3] == "1.50"
     result = run_program("-m", "studies.table", results, "--to", "all")
-    assert "| plain | -2.0 ± 0.0 (p = 0.000) | " in result.stdout, result.stderr
+    assert "| plain | -2.0 ± 0.0 (p < 0.001) | " in result.stdout, result.stderr
     result = run_program("-m", "studies.table", results, "--data", "shapes_3")
     assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
     result = run_program("-m", "studies.table", results, "--to", "best")
@@ -262,6 +266,19 @@ def test_gradients_are_those_of_training(gradients, tiny_coco):
         assert box_loss == pytest.approx(losses["loss_box_reg"].item(), rel=1e-4)
         assert len(measured.levels) == len(measured.errors) > 0
         # Images of 64 pixels: all boxes are far below 112, where P3 begins.
+    bccd = ("-m", "studies.table", results, "--data", "bccd")
+    result = run_program(*bccd, "--primary", "AP-RBC", "--seeds", "1", "2")
+    assert "| AP-RBC over plain | " in result.stdout and "| all | 2 | 1.000 | " in result.stdout
+    result = run_program(*bccd, "--seeds", "1", "--plot", picture)
+    assert "| all | +2.0 | " in result.stdout and result.returncode == 0, result.stderr
+    result = run_program(*bccd, "--seeds", "7")
+    assert result.returncode == 2 and "on bccd with these seeds" in result.stderr
+    with open(results, "a") as file:
+        file.write(json.dumps(lines[0]) + "\n")
+    result = run_program(*bccd)
+    assert result.returncode == 2 and "two lines for the row 'plain', seed 1" in result.stderr
+    result = run_program("-m", "studies.table", tmp_path / "nothing.jsonl")
+    assert result.returncode == 2 and "has no results" in result.stderr
         assert gradients.level_table(cfg, measured)[-1][1:] == ["100.0%", "0.0%", "0.0%", "0.0%"]
 
         for key in ("loss_cls", "loss_rpn_cls"):  # alone, through the whole model
