@@ -1,5 +1,7 @@
 """studies/: comparable and resumable runs, and correct tables."""
 
+import argparse
+import fcntl
 import importlib
 import json
 import math
@@ -16,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from balanced_d2.config import load_config
 from balanced_d2.data.datasets.shapes import TAIL, VERSION
 from balanced_d2.data.loader import TrainLoader
+from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_MODEL, run_program, write_bccd
 
@@ -95,8 +98,47 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     assert result.returncode == 2 and "runs on bccd that are not of 6 iterations" in result.stderr
     result = train(*arguments, "--rows", "everything")
     assert result.returncode == 2 and "unknown row 'everything'" in result.stderr
-    result = train(*arguments, "--rows", "plain", "--seeds", "4", opts=["MODEL.RESNETS.DEPTH", "7"])
-    assert result.returncode != 0 and len(results.read_text().splitlines()) == len(lines)
+    # Runs of other options would be continued, or start from weights of another model.
+    other = ("--rows", "plain", "--seeds", "4")
+    result = train(*arguments, *other, opts=["MODEL.RESNETS.DEPTH", "7"])
+    assert result.returncode == 2 and "has runs with other options" in result.stderr
+    arguments = (results, tmp_path / "of_depth_7", tmp_path / "datasets")
+    result = train(*arguments, *other, opts=["MODEL.RESNETS.DEPTH", "7"])
+    assert result.returncode != 0 and results.read_text() == before
+    # A run that was trained, but whose line was lost, is only evaluated again.
+    results.write_text("".join(before.splitlines(keepends=True)[:-1]))
+    assert train(results, output, tmp_path / "datasets", *rows).returncode == 0
+    again = json.loads(results.read_text().splitlines()[-1])
+    assert (again["row"], again["results"]) == (lines[-1]["row"], lines[-1]["results"])
+
+
+def test_runs_of_several_processes(tmp_path):
+    """None is trained by two at once, or again when another has finished it."""
+    from studies.study import Data, Run, Study, _Program
+
+    results = tmp_path / "results.jsonl"
+    study = Study({"plain": []}, {}, {"bccd": Data("any.yaml", 3)}, "no_such_program.py")
+    args = argparse.Namespace(data="bccd", jobs=1, output=str(tmp_path), results=str(results))
+    args.opts = []
+    program, run = _Program(study, args), Run("bccd", "plain", 1)
+    assert "exit code" in program._train(run)
+    with open(tmp_path / "bccd" / "plain-1" / "output.txt") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert program._train(run) == "another process is at it"
+    results.write_text(json.dumps(run._asdict()) + "\n")
+    assert program._train(run) == ""
+
+
+def test_a_line_that_is_cut_off(tmp_path):
+    """As a crash of the machine may leave the last one."""
+    from studies.study import read_lines
+
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"seed": 1}\n{"seed": 2}\n{"se')
+    with pytest.raises(UserError, match="line 3 is cut off"):
+        read_lines(str(results))
+    results.write_text('{"seed": 1}\n')
+    assert read_lines(str(results)) == [{"seed": 1}] and read_lines(f"{results}.other") == []
 
 
 def test_estimates(estimates):
@@ -224,6 +266,19 @@ def test_tables_and_picture(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run_program(*plot, "APr")
     assert result.returncode == 2 and "metric of bccd" in result.stderr, result.stderr
+    bccd = ("-m", "studies.table", results, "--data", "bccd")
+    result = run_program(*bccd, "--primary", "AP-RBC", "--seeds", "1", "2")
+    assert "| AP-RBC over plain | " in result.stdout and "| all | 2 | 1.000 | " in result.stdout
+    result = run_program(*bccd, "--seeds", "1", "--plot", picture)
+    assert "| all | +2.0 | " in result.stdout and result.returncode == 0, result.stderr
+    result = run_program(*bccd, "--seeds", "7")
+    assert result.returncode == 2 and "on bccd with these seeds" in result.stderr
+    with open(results, "a") as file:
+        file.write(json.dumps(lines[0]) + "\n")
+    result = run_program(*bccd)
+    assert result.returncode == 2 and "two lines for the row 'plain', seed 1" in result.stderr
+    result = run_program("-m", "studies.table", tmp_path / "nothing.jsonl")
+    assert result.returncode == 2 and "has no results" in result.stderr
 
 
 def test_inlier_shares(gradients):
@@ -266,19 +321,6 @@ def test_gradients_are_those_of_training(gradients, tiny_coco):
         assert box_loss == pytest.approx(losses["loss_box_reg"].item(), rel=1e-4)
         assert len(measured.levels) == len(measured.errors) > 0
         # Images of 64 pixels: all boxes are far below 112, where P3 begins.
-    bccd = ("-m", "studies.table", results, "--data", "bccd")
-    result = run_program(*bccd, "--primary", "AP-RBC", "--seeds", "1", "2")
-    assert "| AP-RBC over plain | " in result.stdout and "| all | 2 | 1.000 | " in result.stdout
-    result = run_program(*bccd, "--seeds", "1", "--plot", picture)
-    assert "| all | +2.0 | " in result.stdout and result.returncode == 0, result.stderr
-    result = run_program(*bccd, "--seeds", "7")
-    assert result.returncode == 2 and "on bccd with these seeds" in result.stderr
-    with open(results, "a") as file:
-        file.write(json.dumps(lines[0]) + "\n")
-    result = run_program(*bccd)
-    assert result.returncode == 2 and "two lines for the row 'plain', seed 1" in result.stderr
-    result = run_program("-m", "studies.table", tmp_path / "nothing.jsonl")
-    assert result.returncode == 2 and "has no results" in result.stderr
         assert gradients.level_table(cfg, measured)[-1][1:] == ["100.0%", "0.0%", "0.0%", "0.0%"]
 
         for key in ("loss_cls", "loss_rpn_cls"):  # alone, through the whole model
