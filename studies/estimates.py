@@ -24,14 +24,22 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The mean of differences paired by seed, with its margin and p-value."""
+    """The mean of differences paired by seed, its margin and its p-value (NaN for one pair)."""
 
     mean: float
     margin: float
     p: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.margin:.1f} (p = {self.p:.3f})"
+        if np.isnan(self.p):
+            return f"{self.mean:+.1f}"
+        p = p_as_text(self.p)
+        return f"{self.mean:+.1f} ± {self.margin:.1f} (p {p if p[0] == '<' else f'= {p}'})"
+
+
+def p_as_text(p: float) -> str:
+    """To three digits; no p-value is 0."""
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -46,14 +54,23 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Difference]:
-    """The gain of a row over another; None if they have fewer than two seeds in common or there are
-    no such objects."""
-    seeds = sorted(row.keys() & other.keys())
-    differences = [row[seed] - other[seed] for seed in seeds]
-    if len(seeds) < 2 or np.isnan(differences).any():
+    """The gain of a row over another; None if they have no seed in common or there are no such
+    objects."""
+    differences = paired(row, other)
+    if not differences or np.isnan(differences).any():
         return None
-    p = 1.0 if not any(differences) else stats.ttest_1samp(differences, 0).pvalue
-    return Difference(*estimate(differences), float(p))
+    if len(differences) < 2:
+        p = float("nan")
+    elif np.ptp(differences) == 0:
+        p = float(not any(differences))
+    else:
+        p = float(stats.ttest_1samp(differences, 0).pvalue)
+    return Difference(*estimate(differences), p)
+
+
+def paired(row: Dict[int, float], other: Dict[int, float]) -> List[float]:
+    """The differences of a row from another, of the seeds that both have."""
+    return [row[seed] - other[seed] for seed in sorted(row.keys() & other.keys())]
 
 
 def holm(p_values: Sequence[float]) -> List[float]:
@@ -69,15 +86,15 @@ def holm(p_values: Sequence[float]) -> List[float]:
 
 def effect_size(row: Dict[int, float], other: Dict[int, float]) -> float:
     """The mean of the differences paired by seed, in their standard deviations (Cohen's d_z)."""
-    differences = [row[seed] - other[seed] for seed in row.keys() & other.keys()]
+    differences = paired(row, other)
     deviation = np.std(differences, ddof=1) if len(differences) > 1 else 0.0
     return float(np.mean(differences) / deviation) if deviation > 0 else float("nan")
 
 
 def detectable(row: Dict[int, float], other: Dict[int, float]) -> float:
-    """The true difference that the two-sided paired t-test at 0.05 finds four times in five, with
-    as many seeds as there are, and differences that vary as these do."""
-    differences = [row[seed] - other[seed] for seed in row.keys() & other.keys()]
+    """The true difference that the two-sided paired t-test at 0.05, not corrected, finds four times
+    in five, with as many seeds as there are, and differences that vary as these do."""
+    differences = paired(row, other)
     number = len(differences)
     if number < 2:
         return float("nan")

@@ -34,9 +34,7 @@ def ap_by_level(cfg: CfgNode, json_file: str, detections: str) -> Dict[str, floa
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(json_file)
         content = json.loads(Path(detections).read_text())
-        found = truth.loadRes(content) if content else None
-        if found is None:
-            return {f"AP-level {name}": 0.0 for name in levels.names}
+        found = truth.loadRes(content) if content else COCO()
         for image in truth.imgs.values():
             size = image["height"], image["width"]
             resized = ResizeShortestEdge.get_output_shape(
@@ -48,8 +46,10 @@ def ap_by_level(cfg: CfgNode, json_file: str, detections: str) -> Dict[str, floa
                     width, height = annotation["bbox"][2:]
                     annotation["area"] = width * height * scale
         evaluation = COCOeval(truth, found, "bbox")
-        bounds = [*levels.starts**2, np.inf]
-        evaluation.params.areaRng = [[0, np.inf], *map(list, zip(bounds, bounds[1:]))]
+        starts = levels.starts**2
+        # COCO's ranges include both ends, but what a level begins with is not of the one before.
+        ends = [*np.nextafter(starts[1:], 0), np.inf]
+        evaluation.params.areaRng = [[0, np.inf], *map(list, zip(starts, ends))]
         evaluation.params.areaRngLbl = ["all", *levels.names]
         evaluation.evaluate()
         evaluation.accumulate()

@@ -7,6 +7,7 @@ repeated, and one that was interrupted continues from its last checkpoint.
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import statistics
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import IO, Callable, Dict, List, NamedTuple, Optional, Sequence, Set
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.analysis.metrics import read_metrics
@@ -100,9 +101,10 @@ class _Program:
                 f"{args.results} has runs on {args.data} that are not of {iterations} iterations; "
                 "give each length a file of its own"
             )
-        done = {Run(line["data"], line["row"], line["seed"]) for line in lines}
+        self._check_output()
+        done = self._done()
         runs = [Run(args.data, row, seed) for seed in args.seeds for row in args.rows]
-        todo = [run for run in runs if run not in done]
+        todo = [run for run in dict.fromkeys(runs) if run not in done]
         for seed in sorted({run.seed for run in todo}):
             if self.data.shapes is not None:
                 ensure_shapes(self._shapes_folder(seed), self.data.shapes(seed))
@@ -117,6 +119,25 @@ class _Program:
                 failed += [f"{run.row}, seed {run.seed}: {error}"] if error else []
         if failed:
             raise UserError(f"{len(failed)} run(s) failed: {first_of(failed)}")
+
+    def _check_output(self) -> None:
+        """Raise :class:`UserError` if the output folder has runs of other options: these would be
+        continued, and their initial weights used."""
+        path = os.path.join(self.args.output, self.args.data, "options.json")
+        check_writable(path)
+        options = [self.data.config, *self._options()]
+        if not os.path.exists(path):
+            with open_replacing(path, "w") as file:
+                json.dump(options, file)
+        if json.loads(Path(path).read_text()) != options:
+            raise UserError(
+                f"{os.path.dirname(path)} has runs with other options, those in {path}; give these "
+                "an --output of their own"
+            )
+
+    def _done(self) -> Set[Run]:
+        lines = read_lines(self.args.results)
+        return {Run(line["data"], line["row"], line["seed"]) for line in lines}
 
     def _shapes_folder(self, seed: int) -> str:
         """Data that are the same for all seeds are drawn once."""
@@ -156,12 +177,23 @@ class _Program:
 
     def _train(self, run: Run) -> str:
         """Train, evaluate and write the line of a run; return the error, or ""."""
-        row = self.rows[run.row]
-        if callable(row):
-            row = row(self._annotations(run.seed, "train"))
         name = f"{run.row.replace(' ', '_')}-{run.seed}"
         folder = os.path.join(self.args.output, run.data, name)
         os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "output.txt"), "a") as log:
+            try:
+                # A training holds it, too, and goes on if this program is killed.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "another process is at it"
+            if run in self._done():  # meanwhile, by another process
+                return ""
+            return self._train_in(folder, run, log)
+
+    def _train_in(self, folder: str, run: Run, log: IO[str]) -> str:
+        row = self.rows[run.row]
+        if callable(row):
+            row = row(self._annotations(run.seed, "train"))
         opts = ["SEED", str(run.seed), "OUTPUT_DIR", folder, "SOLVER.CHECKPOINT_PERIOD", "100"]
         opts += self._options(row)
         register = []
@@ -169,18 +201,17 @@ class _Program:
             for split in ("train", "val"):
                 images = os.path.join(self._shapes_folder(run.seed), split)
                 register += ["--register", split, self._annotations(run.seed, split), images]
-        with open(os.path.join(folder, "output.txt"), "a") as log:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, self.program, "--resume", *register),
-                    *("--config-file", self.config, *opts),
-                    *("MODEL.WEIGHTS", self._initial_weights(run.seed)),
-                ],
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen(
+            [
+                *(sys.executable, self.program, "--resume", *register),
+                *("--config-file", self.config, *opts),
+                *("MODEL.WEIGHTS", self._initial_weights(run.seed)),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             return f"exit code {process.returncode}, see {log.name}"
@@ -221,11 +252,19 @@ class _Program:
 def read_lines(path: str) -> List[Dict]:
     """The lines of a results file, none if there is no file."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+        lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise UserError(f"{path} is not a results file: {error}") from error
+    results = []
+    for number, line in enumerate(lines, 1):
+        try:
+            results.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not a results file, or line {number} is cut off: {error}; without that "
+                "line, its run is repeated"
+            ) from error
+    return results
 
 
 def _parse_args(study: Study, description: str, output: str) -> argparse.Namespace:

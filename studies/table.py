@@ -3,14 +3,16 @@
 
 Run from the project's root: python -m studies.table. Prints the mean of every metric with its 95 %
 confidence interval; the difference from the plain row or another, paired by seed, with its interval
-and the p-value of Student's paired t-test; of AP, the p-value corrected for the number of rows
-(Holm), the effect size, and the difference that so many seeds would show; and what each row costs.
+and the p-value of Student's paired t-test; of AP or another metric, the p-value corrected for the
+number of rows (Holm), the effect size, and the difference that so many seeds would show; and what
+each row costs.
 """
 
 import argparse
 import statistics
 import sys
 from collections import defaultdict
+from math import isnan
 from typing import Dict, List, Sequence, Tuple
 
 # First, so that importing Detectron2 is quiet.
@@ -20,11 +22,18 @@ from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_pic
 # isort: split
 from matplotlib.figure import Figure
 
-from studies.estimates import detectable, difference, effect_size, estimate, holm
+from studies.estimates import (
+    detectable,
+    difference,
+    effect_size,
+    estimate,
+    holm,
+    p_as_text,
+    paired,
+)
 from studies.study import read_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
-PRIMARY = "AP"
 
 Results = Dict[str, Dict[int, Dict]]
 """The line of each run by row and seed."""
@@ -33,25 +42,33 @@ Results = Dict[str, Dict[int, Dict]]
 def main(args: argparse.Namespace) -> None:
     plot = args.plot and place_picture(args.plot, ".", "study.png")
     lines = read_lines(args.results)
+    if not lines:
+        raise UserError(f"{args.results} has no results")
     compared = {}
     names = args.data or list(dict.fromkeys(line["data"] for line in lines))
     for data in names:
         results: Results = defaultdict(dict)
         for line in lines:
             if line["data"] == data and (not args.seeds or line["seed"] in args.seeds):
-                results[line["row"]][line["seed"]] = line
+                row, seed = line["row"], line["seed"]
+                if seed in results[row]:
+                    raise UserError(
+                        f"{args.results} has two lines for the row {row!r}, seed {seed} on {data}"
+                    )
+                results[row][seed] = line
         for row in (args.to, *(args.rows or ())):
             if row not in results:
-                raise UserError(f"{args.results} has no line for the row {row!r} on {data}")
+                seeds = " with these seeds" if args.seeds else ""
+                raise UserError(f"{args.results} has no line for the row {row!r} on {data}{seeds}")
         rows = [row for row in args.rows or results if row != args.to]
         results = {row: results[row] for row in (args.to, *rows)}
-        for metric in args.metrics if plot else ():
+        for metric in (args.primary, *(args.metrics if plot else ())):
             check_choice(f"metric of {data}", metric, metrics_of(results))
         print(f"**{data}**\n")
         for table in (
             mean_table(results),
             gain_table(results, args.to),
-            power_table(results, args.to),
+            power_table(results, args.to, args.primary),
             cost_table(results, args.to),
         ):
             print("\n".join(map(as_markdown_row, table)) + "\n")
@@ -98,23 +115,25 @@ def gain_table(results: Results, to: str) -> List[List[str]]:
     return table
 
 
-def power_table(results: Results, to: str) -> List[List[str]]:
+def power_table(results: Results, to: str, primary: str = "AP") -> List[List[str]]:
     table = [
         [
-            *(f"{PRIMARY} over {to}", "p", "p, corrected", "effect size (d_z)"),
-            "would be found four times in five",
+            *(f"{primary} over {to}", "pairs", "p", "p, corrected", "effect size (d_z)"),
+            "would be found four times in five, not corrected",
         ],
-        ["---"] * 5,
+        ["---"] * 6,
     ]
-    base = values(results, to, PRIMARY)
-    others = {row: values(results, row, PRIMARY) for row in results if row != to}
+    base = values(results, to, primary)
+    others = {row: values(results, row, primary) for row in results if row != to}
     gains = {row: difference(gained, base) for row, gained in others.items()}
-    known = {row: gain.p for row, gain in gains.items() if gain is not None}
+    known = {row: gain.p for row, gain in gains.items() if gain and not isnan(gain.p)}
     for row, corrected in zip(known, holm(list(known.values()))):
+        size = effect_size(others[row], base)
         table.append(
             [
-                *(row, f"{known[row]:.3f}", f"{corrected:.3f}"),
-                f"{effect_size(others[row], base):+.2f}",
+                *(row, str(len(paired(others[row], base)))),
+                *(p_as_text(known[row]), p_as_text(corrected)),
+                "–" if isnan(size) else f"{size:+.2f}",
                 f"± {detectable(others[row], base):.1f}",
             ]
         )
@@ -161,10 +180,10 @@ def draw(compared: Dict[str, Tuple[Results, str]], to: str, metrics: Sequence[st
     for axes, metric in zip(all_axes.flat, metrics):
         for y, (results, row) in enumerate(compared.values()):
             gained, base = values(results, row, metric), values(results, to, metric)
-            each = [gained[seed] - base[seed] for seed in gained.keys() & base.keys()]
+            each = paired(gained, base)
             axes.plot(each, [y] * len(each), "o", color=GREY, markersize=4, alpha=0.5)
             gain = difference(gained, base)
-            if gain is not None:
+            if gain is not None and not isnan(gain.margin):
                 axes.errorbar(gain.mean, y, xerr=gain.margin, fmt="D", color=COLORS[0], capsize=4)
         axes.axvline(0, color="black", linewidth=1)
         axes.set(title=f"{metric} (points)", yticks=range(len(compared)))
@@ -184,9 +203,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("results", metavar="FILE.jsonl", help="as train.py writes it")
     parser.add_argument("--data", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, in this order")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="only these, in this order; p-values are corrected for their number",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="only these")
     parser.add_argument("--to", default="plain", metavar="ROW", help="the row to compare with")
+    parser.add_argument(
+        "--primary", default="AP", metavar="METRIC", help="whose p-values are corrected"
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gains")
     parser.add_argument(
         "--metrics",

@@ -1,5 +1,7 @@
 """studies/: comparable and resumable runs, and correct tables."""
 
+import argparse
+import fcntl
 import importlib
 import json
 import math
@@ -16,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from balanced_d2.config import load_config
 from balanced_d2.data.datasets.shapes import TAIL, VERSION
 from balanced_d2.data.loader import TrainLoader
+from balanced_d2.utils.errors import UserError
 
 from .conftest import TINY_MODEL, run_program, write_bccd
 
@@ -95,8 +98,47 @@ def test_runs_start_from_the_same_weights_and_are_not_repeated(tmp_path):
     assert result.returncode == 2 and "runs on bccd that are not of 6 iterations" in result.stderr
     result = train(*arguments, "--rows", "everything")
     assert result.returncode == 2 and "unknown row 'everything'" in result.stderr
-    result = train(*arguments, "--rows", "plain", "--seeds", "4", opts=["MODEL.RESNETS.DEPTH", "7"])
-    assert result.returncode != 0 and len(results.read_text().splitlines()) == len(lines)
+    # Runs of other options would be continued, or start from weights of another model.
+    other = ("--rows", "plain", "--seeds", "4")
+    result = train(*arguments, *other, opts=["MODEL.RESNETS.DEPTH", "7"])
+    assert result.returncode == 2 and "has runs with other options" in result.stderr
+    arguments = (results, tmp_path / "of_depth_7", tmp_path / "datasets")
+    result = train(*arguments, *other, opts=["MODEL.RESNETS.DEPTH", "7"])
+    assert result.returncode != 0 and results.read_text() == before
+    # A run that was trained, but whose line was lost, is only evaluated again.
+    results.write_text("".join(before.splitlines(keepends=True)[:-1]))
+    assert train(results, output, tmp_path / "datasets", *rows).returncode == 0
+    again = json.loads(results.read_text().splitlines()[-1])
+    assert (again["row"], again["results"]) == (lines[-1]["row"], lines[-1]["results"])
+
+
+def test_runs_of_several_processes(tmp_path):
+    """None is trained by two at once, or again when another has finished it."""
+    from studies.study import Data, Run, Study, _Program
+
+    results = tmp_path / "results.jsonl"
+    study = Study({"plain": []}, {}, {"bccd": Data("any.yaml", 3)}, "no_such_program.py")
+    args = argparse.Namespace(data="bccd", jobs=1, output=str(tmp_path), results=str(results))
+    args.opts = []
+    program, run = _Program(study, args), Run("bccd", "plain", 1)
+    assert "exit code" in program._train(run)
+    with open(tmp_path / "bccd" / "plain-1" / "output.txt") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert program._train(run) == "another process is at it"
+    results.write_text(json.dumps(run._asdict()) + "\n")
+    assert program._train(run) == ""
+
+
+def test_a_line_that_is_cut_off(tmp_path):
+    """As a crash of the machine may leave the last one."""
+    from studies.study import read_lines
+
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"seed": 1}\n{"seed": 2}\n{"se')
+    with pytest.raises(UserError, match="line 3 is cut off"):
+        read_lines(str(results))
+    results.write_text('{"seed": 1}\n')
+    assert read_lines(str(results)) == [{"seed": 1}] and read_lines(f"{results}.other") == []
 
 
 def test_estimates(estimates):
@@ -114,7 +156,11 @@ def test_estimates(estimates):
     assert gain.margin == pytest.approx(2.776 * 1 / math.sqrt(5), rel=1e-3)
     # t = 4.472 with four degrees of freedom.
     assert gain.p == pytest.approx(0.0111, abs=2e-4)
-    assert estimates.difference({0: 1.0}, plain) is None
+    single = estimates.difference({0: 51.0, 99: 1.0}, plain)
+    assert str(single) == "+1.0" and math.isnan(single.p)
+    assert estimates.difference({99: 1.0}, plain) is None
+    assert str(estimates.Difference(1.0, 0.5, 0.0004)) == "+1.0 ± 0.5 (p < 0.001)"
+    assert str(estimates.Difference(1.0, 0.5, 0.0006)) == "+1.0 ± 0.5 (p = 0.001)"
     assert estimates.difference(plain, plain).p == 1
     assert estimates.difference(dict.fromkeys(plain, math.nan), plain) is None
 
@@ -142,11 +188,12 @@ def test_what_so_many_seeds_can_find(estimates):
 
 
 def test_ap_of_each_level(tmp_path):
-    """Images are shown at half their size; P3 begins at 112 pixels there."""
+    """Images are shown at half their size; P3 begins at 112 pixels there. A box of exactly that
+    size belongs to P3 alone."""
     from studies.levels import ap_by_level
 
     cfg = load_config("configs/BCCD/faster_rcnn_R_18_FPN.yaml", ["INPUT.MIN_SIZE_TEST", "400"])
-    boxes = [[0, 0, 220, 220], [300, 0, 228, 228], [600, 0, 100, 100], [0, 300, 450, 450]]
+    boxes = [[0, 0, 220, 220], [300, 0, 224, 224], [600, 0, 100, 100], [0, 300, 450, 450]]
     images = [{"id": 7, "width": 1000, "height": 800, "file_name": "a.jpg"}]
     content = {
         "images": images,
@@ -174,7 +221,8 @@ def test_ap_of_each_level(tmp_path):
         "AP-level p4": pytest.approx(100),
     }
     found.write_text("[]")
-    assert set(ap_by_level(cfg, str(truth), str(found)).values()) == {0.0}
+    aps = ap_by_level(cfg, str(truth), str(found))
+    assert math.isnan(aps.pop("AP-level p5")) and set(aps.values()) == {0.0}
 
 
 def test_tables_and_picture(tmp_path):
@@ -204,11 +252,11 @@ def test_tables_and_picture(tmp_path):
     cells = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| all")]
     means, gains, powers, costs, _, shapes_gains, _, shapes_costs = cells
     assert means[1:3] == ["3", "44.0 ± 2.5"] and means[7:9] == ["–", "60.0 ± 0.0 |"]
-    assert gains[1] == "+2.0 ± 0.0 (p = 0.000)" and gains[6:] == ["–", "+0.0 ± 0.0 (p = 1.000) |"]
-    assert powers[1:] == ["0.000", "0.000", "+nan", "± 0.0 |"] and costs[3] == "1.10"
+    assert gains[1] == "+2.0 ± 0.0 (p < 0.001)" and gains[6:] == ["–", "+0.0 ± 0.0 (p = 1.000) |"]
+    assert powers[1:] == ["3", "< 0.001", "< 0.001", "–", "± 0.0 |"] and costs[3] == "1.10"
     assert shapes_gains[1].startswith("-9.0 ± 0.0") and shapes_costs[3] == "1.50"
     result = run_program("-m", "studies.table", results, "--to", "all")
-    assert "| plain | -2.0 ± 0.0 (p = 0.000) | " in result.stdout, result.stderr
+    assert "| plain | -2.0 ± 0.0 (p < 0.001) | " in result.stdout, result.stderr
     result = run_program("-m", "studies.table", results, "--data", "shapes_3")
     assert result.returncode == 2 and "no line for the row 'plain'" in result.stderr
     result = run_program("-m", "studies.table", results, "--to", "best")
@@ -218,6 +266,19 @@ def test_tables_and_picture(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run_program(*plot, "APr")
     assert result.returncode == 2 and "metric of bccd" in result.stderr, result.stderr
+    bccd = ("-m", "studies.table", results, "--data", "bccd")
+    result = run_program(*bccd, "--primary", "AP-RBC", "--seeds", "1", "2")
+    assert "| AP-RBC over plain | " in result.stdout and "| all | 2 | 1.000 | " in result.stdout
+    result = run_program(*bccd, "--seeds", "1", "--plot", picture)
+    assert "| all | +2.0 | " in result.stdout and result.returncode == 0, result.stderr
+    result = run_program(*bccd, "--seeds", "7")
+    assert result.returncode == 2 and "on bccd with these seeds" in result.stderr
+    with open(results, "a") as file:
+        file.write(json.dumps(lines[0]) + "\n")
+    result = run_program(*bccd)
+    assert result.returncode == 2 and "two lines for the row 'plain', seed 1" in result.stderr
+    result = run_program("-m", "studies.table", tmp_path / "nothing.jsonl")
+    assert result.returncode == 2 and "has no results" in result.stderr
 
 
 def test_inlier_shares(gradients):
