@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -269,6 +270,39 @@ def test_pictures_of_a_run_differ_without_case_too(tmp_path):
     output = run_exported.Output(str(tmp_path), [], [])
     names = [output.picture_name(path).name for path in ("a/X.jpg", "b/x.jpg", "b/x_2.png")]
     assert names == ["X.png", "x_2.png", "x_2_2.png"]
+
+
+def test_what_is_written_is_whole_however_a_run_ends(tmp_path, monkeypatch):
+    photo = Image.new("RGB", (30, 20))
+    record = {"image": "photo.jpg", "detections": []}
+    photo.save(tmp_path / "photo.png")  # of a run before
+    before = (tmp_path / "photo.png").read_bytes()
+
+    def save(picture, file, *_):
+        Path(file).write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    output = run_exported.Output(str(tmp_path), [], [])
+    with pytest.raises(KeyboardInterrupt), output:
+        output.write(record, None, 0.0)
+        lines = (tmp_path / "detections.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [record]
+        output.write(record, photo, 0.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "detections.jsonl"}
+    assert (tmp_path / "photo.png").read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no disk that is full")
+def test_a_full_disk_is_reported_for_each_image(inputs, run_here, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "detections.jsonl").symlink_to("/dev/full")
+    photos = [inputs / "0.png", inputs / "1.png"]
+    model = toy(tmp_path / "model.onnx")
+    result = run_here(RUNNER, model, *photos, "--output", tmp_path / "out")
+    *errors, done = result.stderr.splitlines()
+    assert result.returncode == 2 and done.startswith("done: 0 image(s)")
+    assert errors == 2 * [f"error: cannot write to {tmp_path / 'out'}: No space left on device"]
 
 
 def test_a_threshold_below_that_of_the_export_has_no_effect(inputs, run_here, tmp_path):

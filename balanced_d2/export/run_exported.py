@@ -675,14 +675,16 @@ class Output:
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lines = open(self.folder / "detections.jsonl", "w")
+                # By line, so that the file has whole ones however the program ends.
+                self.lines = open(self.folder / "detections.jsonl", "w", buffering=1)
             except OSError as error:
                 raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
         return self
 
     def __exit__(self, *_):
         if self.lines:
-            self.lines.close()
+            with contextlib.suppress(OSError):  # which has been reported, with its image
+                self.lines.close()
         for video in self.videos.values():
             video.release()
 
@@ -697,11 +699,20 @@ class Output:
                 return
             picture = draw(image, record["detections"], self.font)
             if "frame" not in record:
-                picture.save(self.picture_name(record["image"]))
+                self.save(picture, self.picture_name(record["image"]))
                 return
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {one_line(error)}") from None
         self.video(record["image"], rate, picture.size).write(np.asarray(picture)[:, :, ::-1])
+
+    def save(self, picture: Image.Image, file: Path) -> None:
+        """Write a picture whole or, if Ctrl-C stops it, not at all."""
+        partial = self.folder / ".partial"
+        try:
+            picture.save(partial, "PNG")
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def video(self, path: str, rate: float, size: tuple):
         if path not in self.videos:
