@@ -26,7 +26,7 @@ from PIL import Image
 from balanced_d2 import export
 from balanced_d2.export import run_exported
 
-from .conftest import TINY_CONFIG, assert_user_error
+from .conftest import TINY_CONFIG, assert_user_error, run_program
 
 RUNNER = run_exported.__file__
 
@@ -382,6 +382,17 @@ def test_packages_that_are_missing(inputs, run_here, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run_here(RUNNER, model, inputs)
     assert_user_error(result, "model.onnx needs the package onnxruntime: pip install onnxruntime")
+
+
+@pytest.mark.parametrize("module, needing", [("cv2", "clip.avi"), ("onnxruntime", "model.onnx")])
+def test_packages_that_cannot_be_imported(module, needing, inputs, tmp_path):
+    """They are installed: what they lack is named, such as libGL, which OpenCV asks for."""
+    reason = "libGL.so.1: cannot open shared object file"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / f"{module}.py").write_text(f"raise ImportError({reason!r})")
+    paths = (toy(tmp_path / "model.onnx"), inputs / "clip.avi")
+    result = run_program(RUNNER, *paths, env={"PYTHONPATH": str(tmp_path / "broken")})
+    assert_user_error(result, f"{needing} needs a package that is installed but", reason)
 
 
 def test_nothing_is_exported_that_could_not_be_verified(run_here, tmp_path, monkeypatch):

@@ -94,8 +94,7 @@ class ExportedDetector:
         except UserError:
             raise
         except ImportError as error:
-            package = PACKAGES.get(error.name, error.name)
-            raise UserError(f"{path} needs the package {package}: pip install {package}") from None
+            raise UserError(f"{path} needs {what_is_missing(error)}") from None
         except Exception as error:  # loading any other file can fail in any way
             raise UserError(
                 f"{path} is not an exported model, or is damaged: {one_line(error)}"
@@ -424,8 +423,8 @@ def list_items(files: list) -> tuple:
     if videos:
         try:
             import cv2  # noqa: F401  # if missing, report it now
-        except ImportError:
-            raise UserError(f"{videos[0]} needs the package {PACKAGES['cv2']}") from None
+        except ImportError as error:
+            raise UserError(f"{videos[0]} needs {what_is_missing(error)}") from None
     parts = (frames(file) if is_video(file) else [Item(file)] for file in files)
     return itertools.chain.from_iterable(parts), None if videos else len(files)
 
@@ -808,6 +807,15 @@ def class_color(number: int) -> tuple:
     """A bright colour; the golden ratio keeps those of neighbouring numbers apart."""
     rgb = colorsys.hls_to_rgb(number * 0.618034 % 1.0, 0.65, 0.9)
     return tuple(round(255 * value) for value in rgb)
+
+
+def what_is_missing(error: ImportError) -> str:
+    """A package and how to install it, or what an installed one lacks."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f"a package that is installed but cannot be imported: {one_line(error)}"
+    module = str(error.name).split(".")[0]
+    package = PACKAGES.get(module, module)
+    return f"the package {package}: pip install {package}"
 
 
 def one_line(error: Exception) -> str:
