@@ -27,6 +27,7 @@ from balanced_d2 import export
 from balanced_d2.export import run_exported
 
 from .conftest import TINY_CONFIG, assert_user_error, run_program
+from .test_export import METADATA
 
 RUNNER = run_exported.__file__
 
@@ -475,7 +476,7 @@ def test_files_of_pytorch_that_are_none(run_here, tmp_path):
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_devices_that_are_not_there(device, run_here, tmp_path):
     traced = torch.jit.trace(lambda image: image, torch.zeros(3, 4, 4))
-    files = {"balanced_d2.json": json.dumps({"format": "torchscript"})}
+    files = {"balanced_d2.json": json.dumps({"format": "torchscript", **METADATA})}
     torch.jit.save(traced, str(tmp_path / "model.ts"), _extra_files=files)
     result = run_here(RUNNER, tmp_path / "model.ts", "x.png", "--device", device)
     assert_user_error(result, f"error: --device {device}: ")
@@ -483,16 +484,52 @@ def test_devices_that_are_not_there(device, run_here, tmp_path):
     assert_user_error(result, "model.ts is run by PyTorch; --engine is for ONNX files")
 
 
-def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
-    model = toy(tmp_path / "model.onnx")
+def without(keys, model):
+    """The toy, whose file does not say some things of itself."""
     described = onnx.load(model)
     metadata = json.loads(described.metadata_props[0].value)
-    for key in ("format", "format_version"):
+    for key in keys:
         del metadata[key]
     onnx.helper.set_model_props(described, {"balanced_d2.json": json.dumps(metadata)})
     onnx.save(described, str(model))
-    result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0")
+    return model
+
+
+def test_files_of_the_first_version_run(run_here, inputs, tmp_path, monkeypatch):
+    """But not in OpenVINO, which finds other detections with them."""
+    model = without(["format", "format_version"], toy(tmp_path / "model.onnx"))
+    arguments = (RUNNER, model, inputs / "1.png", "--threshold", "0")
+    result = run_here(*arguments, "--engine", "onnxruntime")
     assert result.returncode == 0 and len(json.loads(result.stdout)["detections"]) == 1
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    reason = "written by version 0.1.0, and OpenVINO finds other detections"
+    assert_user_error(run_here(*arguments, "--engine", "openvino"), reason, "export it again")
+    find = importlib.util.find_spec  # where it is the only engine
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: name != "onnxruntime" and find(name, *of)
+    )
+    assert_user_error(run_here(*arguments), reason)
+
+
+def test_files_that_do_not_say_what_is_needed(run_here, inputs, tmp_path):
+    model = without(["class_names", "min_size"], toy(tmp_path / "model.onnx"))
+    result = run_here(RUNNER, model, inputs / "1.png")
+    assert_user_error(result, "model.onnx cannot be used", "has no class_names, min_size")
+
+
+def test_classes_without_a_name_have_their_number(run_here, inputs, tmp_path):
+    model = toy(tmp_path / "model.onnx", class_names=["a"])  # the toy finds the second class
+    result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0", "--output", tmp_path)
+    assert result.returncode == 0
+    assert [d["class"] for d in json.loads(result.stdout)["detections"]] == ["1"]
+
+
+def test_folders_named_as_videos_are_no_videos(run_here, tmp_path):
+    frames = tmp_path / "clips" / "clip.mp4"  # as programs name it that take videos apart
+    frames.mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(frames / "0.png")
+    result = run_here(RUNNER, toy(tmp_path / "model.onnx"), tmp_path / "clips")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 1
 
 
 def test_table_of_latencies(monkeypatch):

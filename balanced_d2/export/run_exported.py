@@ -44,6 +44,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 METADATA = "balanced_d2.json"
 FORMAT_VERSION = 2  # the newest that is known; files of the first version have no number
+NEEDED = ("class_names", "input_format", "min_size", "max_size")  # of what files say of themselves
 # For older files, which do not name their outputs.
 OUTPUTS = ["boxes", "classes", "scores", "image_size"]
 PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than their module
@@ -184,8 +185,15 @@ def load(path: str, device: str, engine: Optional[str]) -> tuple:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # of PyTorch
     if not is_zip:
-        run, metadata = ENGINES[engine or default_engine()](path, device)
-        return run, check_metadata(path, metadata)
+        engine = engine or default_engine()
+        run, text = ENGINES[engine](path, device)
+        metadata = check_metadata(path, text)
+        if engine == "openvino" and "format_version" not in metadata:
+            raise UserError(
+                f"{path} was written by version 0.1.0, and OpenVINO finds other detections with "
+                "such files, because it rounds divisions: export it again, or use onnxruntime"
+            )
+        return run, metadata
     if engine:
         raise UserError(f"{path} is run by PyTorch; --engine is for ONNX files")
     metadata = check_metadata(path, zip_metadata(path))
@@ -213,6 +221,9 @@ def check_metadata(path: str, text: Optional[str]) -> dict:
             "use the run_exported.py of the version that wrote it "
             f"({metadata.get('versions', {}).get('balanced_d2', 'unknown')})"
         )
+    missing = [key for key in NEEDED if key not in metadata]
+    if missing:
+        raise UserError(f"{path} cannot be used: its {METADATA} has no {', '.join(missing)}")
     return metadata
 
 
@@ -410,7 +421,9 @@ def list_files(paths: list) -> list:
         if not os.path.isdir(path):
             files.append(path)
             continue
-        inside = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGES + VIDEOS)
+        found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGES + VIDEOS)
+        # Images of a video are often in a folder with its name.
+        inside = [file for file in found if not file.is_dir()]
         if not inside:
             raise UserError(f"there are no images and no videos in the folder {path}")
         files += map(str, inside)
@@ -617,7 +630,8 @@ def describe(outputs: dict, class_names: list, threshold: float) -> list:
         box, label = outputs["boxes"][i], int(outputs["classes"][i])
         detection = {
             "bbox": box.tolist(),
-            "class": class_names[label],
+            # Without a name, its number, as where no names are known to the export.
+            "class": class_names[label] if label < len(class_names) else str(label),
             "class_id": label,
             "score": float(outputs["scores"][i]),
         }
