@@ -8,10 +8,12 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -240,6 +242,19 @@ def test_threads_share_the_cores(inputs, run_here, tmp_path, monkeypatch):
     assert sessions == [3, 0, 2]  # 0: all
 
 
+def test_packages_that_run_one_at_a_time_have_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards
+    for kind, share in (("aoti", None), ("pt2", "3")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setitem(run_exported.LOADERS, kind, lambda path, device: None)
+        with zipfile.ZipFile(tmp_path / kind, "w") as archive:
+            described = json.dumps({**METADATA, "format": kind})
+            archive.writestr("model/extra/balanced_d2.json", described)
+        run_exported.ExportedDetector(str(tmp_path / kind), threads=3)
+        assert os.environ.get("OMP_NUM_THREADS") == share
+
+
 def test_no_image_is_overwritten(run_here, tmp_path):
     """Not by the picture of another one either, which would be read only afterwards."""
     folder = tmp_path / "photos"
@@ -362,6 +377,22 @@ def test_a_video_that_ends_early_is_named(run_here, tmp_path):
     number = len(records(result))
     assert 0 < number < 20
     assert f"note: {file} ends after {number} of 20 images" in result.stderr
+
+
+def test_names_that_are_not_utf8(inputs, tmp_path):
+    """OpenCV ends the process if it is given one."""
+    video = inputs / "clip.avi"
+    renamed, photo = (tmp_path / os.fsdecode(b"\xff" + name) for name in (b".avi", b".png"))
+    shutil.copy(video, renamed)
+    Image.new("RGB", (30, 20)).save(photo)
+    out = tmp_path / os.fsdecode(b"out \xfe")
+    model = toy(tmp_path / "model.onnx")
+    result = run_program(RUNNER, model, renamed, photo, video, "--output", out)
+    name, *folder, done = result.stderr.splitlines()
+    assert result.returncode == 2 and done.startswith("done: 1 image(s)")
+    assert name.startswith("error: cannot read video ") and "its name is not UTF-8" in name
+    assert len(folder) == 5 and all("error: cannot write videos to " in line for line in folder)
+    assert {path.name for path in out.iterdir()} == {"detections.jsonl", photo.name}
 
 
 def test_who_reads_the_results_may_stop(inputs, tmp_path):

@@ -80,16 +80,19 @@ class ExportedDetector:
 
     Args:
         engine: of an ONNX file, a key of ENGINES; by default the first that is installed.
+        threads: how many will call it at a time; each has a share of the cores.
 
     Attributes:
         metadata: from the file: class_names, input_format, min_size, max_size.
     """
 
-    def __init__(self, path: str, device: str = "cpu", engine: Optional[str] = None):
+    def __init__(
+        self, path: str, device: str = "cpu", engine: Optional[str] = None, threads: int = 1
+    ):
         if not os.path.isfile(path):
             raise UserError(f"there is no model file {path}")
         try:
-            self._run, self.metadata = load(path, device, engine)
+            self._run, self.metadata = load(path, device, engine, threads)
             if "masks" in self.outputs:
                 import cv2  # noqa: F401  # if missing, report it now
         except UserError:
@@ -180,11 +183,12 @@ def network_size(width: int, height: int, min_size: int, max_size: int) -> tuple
     return max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5))
 
 
-def load(path: str, device: str, engine: Optional[str]) -> tuple:
+def load(path: str, device: str, engine: Optional[str], threads: int) -> tuple:
     """The model of a file as a function of an array to arrays, and what the file says of it."""
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # of PyTorch
     if not is_zip:
+        share_cores(threads)
         engine = engine or default_engine()
         run, text = ENGINES[engine](path, device)
         metadata = check_metadata(path, text)
@@ -197,7 +201,17 @@ def load(path: str, device: str, engine: Optional[str]) -> tuple:
     if engine:
         raise UserError(f"{path} is run by PyTorch; --engine is for ONNX files")
     metadata = check_metadata(path, zip_metadata(path))
-    return LOADERS[metadata.get("format", "torchscript")](path, device), metadata
+    format = metadata.get("format", "torchscript")
+    if format != "aoti":  # whose packages run one at a time, since PyTorch keeps Python's lock
+        share_cores(threads)
+    return LOADERS[format](path, device), metadata
+
+
+def share_cores(threads: int) -> None:
+    """Let what is loaded afterwards take a share of the cores, unless the user says how many."""
+    if threads > 1:
+        share = max(1, (os.cpu_count() or 1) // threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 
 def zip_metadata(path: str) -> Optional[str]:
@@ -358,10 +372,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--arrays is for a single image")
     if args.arrays and identities([args.arrays]) & identities([args.model, *files]):
         raise UserError(f"--arrays {args.arrays} would replace what is read: choose another file")
-    if args.threads > 1:  # each with a share of the cores
-        share = max(1, (os.cpu_count() or 1) // args.threads)
-        os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    detector = ExportedDetector(args.model, args.device, args.engine)
+    detector = ExportedDetector(args.model, args.device, args.engine, args.threads)
     if args.threshold < detector.score_threshold:
         report(
             f"--threshold {args.threshold:g} has no effect below {detector.score_threshold:g}, the "
@@ -449,6 +460,10 @@ def is_video(file: str) -> bool:
 def frames(path: str):
     import cv2
 
+    if not is_utf8(path):
+        reason = "its name is not UTF-8, and OpenCV reads no others: rename it"
+        yield Item(path, error=UserError(f"cannot read video {path}: {reason}"))
+        return
     if os.path.isfile(path):
         video = cv2.VideoCapture(path)
         rate = video.get(cv2.CAP_PROP_FPS) or 25.0
@@ -465,6 +480,15 @@ def frames(path: str):
         if number > 0:
             return
     yield Item(path, error=UserError(f"cannot read video {path}"))
+
+
+def is_utf8(path: str) -> bool:
+    """Whether OpenCV can take a path: of one with other bytes it ends the process."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def in_threads(detect, items, threads: int, batch_size: int):
@@ -731,6 +755,8 @@ class Output:
         if path not in self.videos:
             import cv2
 
+            if not is_utf8(str(self.folder)):
+                raise UserError(f"cannot write videos to {self.folder}: its name is not UTF-8")
             file = self.picture_name(path, ".mp4")
             code = cv2.VideoWriter_fourcc(*"mp4v")
             self.videos[path] = cv2.VideoWriter(str(file), code, rate, size)
