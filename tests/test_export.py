@@ -29,7 +29,10 @@ KINDS = ("tracing", "onnx")
 # What an exported model may differ by: boxes in pixels, scores.
 TOLERANCE = {"tracing": (1e-3, 1e-5), "onnx": (1e-2, 1e-4)}
 MASK_TOLERANCE = {"tracing": 1e-4, "onnx": 1e-2}
-METADATA = {"class_names": ["a", "b", "c"]}
+METADATA = {
+    **{"format_version": 2, "class_names": ["a", "b", "c"]},
+    **{"input_format": "BGR", "min_size": 0, "max_size": 0},
+}
 SIZES = [(64, 96), (97, 211), (33, 190), (224, 160), (150, 149)]
 
 

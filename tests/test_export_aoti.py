@@ -303,12 +303,14 @@ def test_inputs_and_outputs_from_cpp(program, tmp_path):
     frames = [Image.new("RGB", (60, 40), color) for color in ("red", "blue")]
     frames[0].save(photos[-1], save_all=True, append_images=frames[1:])
     (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(np.full((40, 60), 999, np.uint16)).save(tmp_path / "deep.png")
     result = subprocess.run(
-        [program, tmp_path / "model.ts", tmp_path / "text.png", *photos],
+        [program, tmp_path / "model.ts", tmp_path / "text.png", tmp_path / "deep.png", *photos],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 1 and f"error: {tmp_path / 'text.png'}: " in result.stderr
+    assert f"error: {tmp_path / 'deep.png'}: it has more than 8 bits a channel" in result.stderr
     found = list(map(json.loads, result.stdout.splitlines()))
     expected = detected(tmp_path / "model.ts", *photos)
     for record, other, scaled in zip(found, expected, [*pixels.values(), (800, 1200)], strict=True):

@@ -324,7 +324,6 @@ def test_runner_reads_fixed_slots_and_refuses_newer_files(tmp_path):
 
     described = {
         "format": "pt2",
-        "format_version": 2,
         "outputs": ["num_detections", "boxes", "scores", "classes"],
         **METADATA,
     }

@@ -323,7 +323,8 @@ def test_files_without_names_of_outputs_run(run_here, tmp_path):
         return image[0, :1, :4], torch.ones(1).long(), torch.full((1,), 0.75), torch.zeros(2)
 
     traced = torch.jit.trace(detect, torch.zeros(3, 20, 30))
-    metadata = {**METADATA, "input_format": "RGB", "min_size": 0, "max_size": 0}
+    metadata = {**METADATA, "input_format": "RGB"}
+    del metadata["format_version"]
     files = {"balanced_d2.json": json.dumps(metadata)}
     torch.jit.save(traced, str(tmp_path / "model.ts"), _extra_files=files)
     np.save(tmp_path / "image.npy", np.arange(1800).reshape(3, 20, 30))

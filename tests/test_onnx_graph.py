@@ -307,8 +307,8 @@ def test_tool_quantises_by_a_folder(format, name, run_here, tiny_coco, tmp_path,
 def test_what_cannot_be_quantised(format, folder, tested, parts, run_here, tmp_path):
     torch.save({"model": small_model().state_dict()}, tmp_path / "model.pth")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad").mkdir()
-    cv2.imwrite(str(tmp_path / "bad" / "a.png"), np.zeros((50, 60, 3), np.uint8))
+    (tmp_path / "bad" / "a.png").mkdir(parents=True)  # no image, and not taken for one
+    cv2.imwrite(str(tmp_path / "bad" / "a.png" / "a.png"), np.zeros((50, 60, 3), np.uint8))
     (tmp_path / "bad" / "b.png").write_text("not an image")
     result = run_here(
         *("tools/export_model.py", "--config-file", TINY_CONFIG, "--output", tmp_path / "out"),

@@ -8,10 +8,13 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,7 +28,8 @@ from PIL import Image
 from balanced_d2 import export
 from balanced_d2.export import run_exported
 
-from .conftest import TINY_CONFIG, assert_user_error
+from .conftest import TINY_CONFIG, assert_user_error, run_program
+from .test_export import METADATA
 
 RUNNER = run_exported.__file__
 
@@ -238,6 +242,19 @@ def test_threads_share_the_cores(inputs, run_here, tmp_path, monkeypatch):
     assert sessions == [3, 0, 2]  # 0: all
 
 
+def test_packages_that_run_one_at_a_time_have_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards
+    for kind, share in (("aoti", None), ("pt2", "3")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setitem(run_exported.LOADERS, kind, lambda path, device: None)
+        with zipfile.ZipFile(tmp_path / kind, "w") as archive:
+            described = json.dumps({**METADATA, "format": kind})
+            archive.writestr("model/extra/balanced_d2.json", described)
+        run_exported.ExportedDetector(str(tmp_path / kind), threads=3)
+        assert os.environ.get("OMP_NUM_THREADS") == share
+
+
 def test_no_image_is_overwritten(run_here, tmp_path):
     """Not by the picture of another one either, which would be read only afterwards."""
     folder = tmp_path / "photos"
@@ -269,6 +286,39 @@ def test_pictures_of_a_run_differ_without_case_too(tmp_path):
     output = run_exported.Output(str(tmp_path), [], [])
     names = [output.picture_name(path).name for path in ("a/X.jpg", "b/x.jpg", "b/x_2.png")]
     assert names == ["X.png", "x_2.png", "x_2_2.png"]
+
+
+def test_what_is_written_is_whole_however_a_run_ends(tmp_path, monkeypatch):
+    photo = Image.new("RGB", (30, 20))
+    record = {"image": "photo.jpg", "detections": []}
+    photo.save(tmp_path / "photo.png")  # of a run before
+    before = (tmp_path / "photo.png").read_bytes()
+
+    def save(picture, file, *_):
+        Path(file).write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    output = run_exported.Output(str(tmp_path), [], [])
+    with pytest.raises(KeyboardInterrupt), output:
+        output.write(record, None, 0.0)
+        lines = (tmp_path / "detections.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [record]
+        output.write(record, photo, 0.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "detections.jsonl"}
+    assert (tmp_path / "photo.png").read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no disk that is full")
+def test_a_full_disk_is_reported_for_each_image(inputs, run_here, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "detections.jsonl").symlink_to("/dev/full")
+    photos = [inputs / "0.png", inputs / "1.png"]
+    model = toy(tmp_path / "model.onnx")
+    result = run_here(RUNNER, model, *photos, "--output", tmp_path / "out")
+    *errors, done = result.stderr.splitlines()
+    assert result.returncode == 2 and done.startswith("done: 0 image(s)")
+    assert errors == 2 * [f"error: cannot write to {tmp_path / 'out'}: No space left on device"]
 
 
 def test_a_threshold_below_that_of_the_export_has_no_effect(inputs, run_here, tmp_path):
@@ -329,6 +379,22 @@ def test_a_video_that_ends_early_is_named(run_here, tmp_path):
     assert f"note: {file} ends after {number} of 20 images" in result.stderr
 
 
+def test_names_that_are_not_utf8(inputs, tmp_path):
+    """OpenCV ends the process if it is given one."""
+    video = inputs / "clip.avi"
+    renamed, photo = (tmp_path / os.fsdecode(b"\xff" + name) for name in (b".avi", b".png"))
+    shutil.copy(video, renamed)
+    Image.new("RGB", (30, 20)).save(photo)
+    out = tmp_path / os.fsdecode(b"out \xfe")
+    model = toy(tmp_path / "model.onnx")
+    result = run_program(RUNNER, model, renamed, photo, video, "--output", out)
+    name, *folder, done = result.stderr.splitlines()
+    assert result.returncode == 2 and done.startswith("done: 1 image(s)")
+    assert name.startswith("error: cannot read video ") and "its name is not UTF-8" in name
+    assert len(folder) == 5 and all("error: cannot write videos to " in line for line in folder)
+    assert {path.name for path in out.iterdir()} == {"detections.jsonl", photo.name}
+
+
 def test_who_reads_the_results_may_stop(inputs, tmp_path):
     command = [sys.executable, RUNNER, str(toy(tmp_path / "model.onnx")), str(inputs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -348,6 +414,17 @@ def test_packages_that_are_missing(inputs, run_here, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run_here(RUNNER, model, inputs)
     assert_user_error(result, "model.onnx needs the package onnxruntime: pip install onnxruntime")
+
+
+@pytest.mark.parametrize("module, needing", [("cv2", "clip.avi"), ("onnxruntime", "model.onnx")])
+def test_packages_that_cannot_be_imported(module, needing, inputs, tmp_path):
+    """They are installed: what they lack is named, such as libGL, which OpenCV asks for."""
+    reason = "libGL.so.1: cannot open shared object file"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / f"{module}.py").write_text(f"raise ImportError({reason!r})")
+    paths = (toy(tmp_path / "model.onnx"), inputs / "clip.avi")
+    result = run_program(RUNNER, *paths, env={"PYTHONPATH": str(tmp_path / "broken")})
+    assert_user_error(result, f"{needing} needs a package that is installed but", reason)
 
 
 def test_nothing_is_exported_that_could_not_be_verified(run_here, tmp_path, monkeypatch):
@@ -430,7 +507,7 @@ def test_files_of_pytorch_that_are_none(run_here, tmp_path):
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_devices_that_are_not_there(device, run_here, tmp_path):
     traced = torch.jit.trace(lambda image: image, torch.zeros(3, 4, 4))
-    files = {"balanced_d2.json": json.dumps({"format": "torchscript"})}
+    files = {"balanced_d2.json": json.dumps({"format": "torchscript", **METADATA})}
     torch.jit.save(traced, str(tmp_path / "model.ts"), _extra_files=files)
     result = run_here(RUNNER, tmp_path / "model.ts", "x.png", "--device", device)
     assert_user_error(result, f"error: --device {device}: ")
@@ -438,16 +515,52 @@ def test_devices_that_are_not_there(device, run_here, tmp_path):
     assert_user_error(result, "model.ts is run by PyTorch; --engine is for ONNX files")
 
 
-def test_files_of_the_first_version_run(run_here, inputs, tmp_path):
-    model = toy(tmp_path / "model.onnx")
+def without(keys, model):
+    """The toy, whose file does not say some things of itself."""
     described = onnx.load(model)
     metadata = json.loads(described.metadata_props[0].value)
-    for key in ("format", "format_version"):
+    for key in keys:
         del metadata[key]
     onnx.helper.set_model_props(described, {"balanced_d2.json": json.dumps(metadata)})
     onnx.save(described, str(model))
-    result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0")
+    return model
+
+
+def test_files_of_the_first_version_run(run_here, inputs, tmp_path, monkeypatch):
+    """But not in OpenVINO, which finds other detections with them."""
+    model = without(["format", "format_version"], toy(tmp_path / "model.onnx"))
+    arguments = (RUNNER, model, inputs / "1.png", "--threshold", "0")
+    result = run_here(*arguments, "--engine", "onnxruntime")
     assert result.returncode == 0 and len(json.loads(result.stdout)["detections"]) == 1
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    reason = "written by version 0.1.0, and OpenVINO finds other detections"
+    assert_user_error(run_here(*arguments, "--engine", "openvino"), reason, "export it again")
+    find = importlib.util.find_spec  # where it is the only engine
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: name != "onnxruntime" and find(name, *of)
+    )
+    assert_user_error(run_here(*arguments), reason)
+
+
+def test_files_that_do_not_say_what_is_needed(run_here, inputs, tmp_path):
+    model = without(["class_names", "min_size"], toy(tmp_path / "model.onnx"))
+    result = run_here(RUNNER, model, inputs / "1.png")
+    assert_user_error(result, "model.onnx cannot be used", "has no class_names, min_size")
+
+
+def test_classes_without_a_name_have_their_number(run_here, inputs, tmp_path):
+    model = toy(tmp_path / "model.onnx", class_names=["a"])  # the toy finds the second class
+    result = run_here(RUNNER, model, inputs / "1.png", "--threshold", "0", "--output", tmp_path)
+    assert result.returncode == 0
+    assert [d["class"] for d in json.loads(result.stdout)["detections"]] == ["1"]
+
+
+def test_folders_named_as_videos_are_no_videos(run_here, tmp_path):
+    frames = tmp_path / "clips" / "clip.mp4"  # as programs name it that take videos apart
+    frames.mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(frames / "0.png")
+    result = run_here(RUNNER, toy(tmp_path / "model.onnx"), tmp_path / "clips")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 1
 
 
 def test_table_of_latencies(monkeypatch):

@@ -16,7 +16,7 @@ from balanced_d2.benchmark.models import (
     switched,
 )
 from balanced_d2.engine.speed import autocast
-from balanced_d2.export.run_exported import ExportedDetector
+from balanced_d2.export.run_exported import FORMAT_VERSION, ExportedDetector
 from balanced_d2.utils.errors import UserError
 
 DEPLOYED = ("BCCD/balanced_faster_rcnn_R_18_FPN.yaml", LITE0)
@@ -52,7 +52,8 @@ def compare_exported(
         runs[name] = functools.partial(model.detect, [{"image": image}])
     # As it is exported: without what makes eager models fast.
     model = WholeModel(bench, config, random + switched(FAST + MIXED, False)).model.eval()
-    described = {"class_names": [], "input_format": "BGR", "min_size": 0, "max_size": 0}
+    described = {"format_version": FORMAT_VERSION, "class_names": [], "input_format": "BGR"}
+    described.update(min_size=0, max_size=0)
     for format in formats or export.EXPORTERS:
         path = os.path.join(folder, f"model.{export.EXTENSIONS[format]}")
         outputs = export.output_names(is_batch=format in export.BATCH_FORMATS)

@@ -44,6 +44,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 METADATA = "balanced_d2.json"
 FORMAT_VERSION = 2  # the newest that is known; files of the first version have no number
+NEEDED = ("class_names", "input_format", "min_size", "max_size")  # of what files say of themselves
 # For older files, which do not name their outputs.
 OUTPUTS = ["boxes", "classes", "scores", "image_size"]
 PACKAGES = {"cv2": "opencv-python-headless"}  # packages with another name than their module
@@ -79,23 +80,25 @@ class ExportedDetector:
 
     Args:
         engine: of an ONNX file, a key of ENGINES; by default the first that is installed.
+        threads: how many will call it at a time; each has a share of the cores.
 
     Attributes:
         metadata: from the file: class_names, input_format, min_size, max_size.
     """
 
-    def __init__(self, path: str, device: str = "cpu", engine: Optional[str] = None):
+    def __init__(
+        self, path: str, device: str = "cpu", engine: Optional[str] = None, threads: int = 1
+    ):
         if not os.path.isfile(path):
             raise UserError(f"there is no model file {path}")
         try:
-            self._run, self.metadata = load(path, device, engine)
+            self._run, self.metadata = load(path, device, engine, threads)
             if "masks" in self.outputs:
                 import cv2  # noqa: F401  # if missing, report it now
         except UserError:
             raise
         except ImportError as error:
-            package = PACKAGES.get(error.name, error.name)
-            raise UserError(f"{path} needs the package {package}: pip install {package}") from None
+            raise UserError(f"{path} needs {what_is_missing(error)}") from None
         except Exception as error:  # loading any other file can fail in any way
             raise UserError(
                 f"{path} is not an exported model, or is damaged: {one_line(error)}"
@@ -180,17 +183,35 @@ def network_size(width: int, height: int, min_size: int, max_size: int) -> tuple
     return max(1, int(sides[0] + 0.5)), max(1, int(sides[1] + 0.5))
 
 
-def load(path: str, device: str, engine: Optional[str]) -> tuple:
+def load(path: str, device: str, engine: Optional[str], threads: int) -> tuple:
     """The model of a file as a function of an array to arrays, and what the file says of it."""
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # of PyTorch
     if not is_zip:
-        run, metadata = ENGINES[engine or default_engine()](path, device)
-        return run, check_metadata(path, metadata)
+        share_cores(threads)
+        engine = engine or default_engine()
+        run, text = ENGINES[engine](path, device)
+        metadata = check_metadata(path, text)
+        if engine == "openvino" and "format_version" not in metadata:
+            raise UserError(
+                f"{path} was written by version 0.1.0, and OpenVINO finds other detections with "
+                "such files, because it rounds divisions: export it again, or use onnxruntime"
+            )
+        return run, metadata
     if engine:
         raise UserError(f"{path} is run by PyTorch; --engine is for ONNX files")
     metadata = check_metadata(path, zip_metadata(path))
-    return LOADERS[metadata.get("format", "torchscript")](path, device), metadata
+    format = metadata.get("format", "torchscript")
+    if format != "aoti":  # whose packages run one at a time, since PyTorch keeps Python's lock
+        share_cores(threads)
+    return LOADERS[format](path, device), metadata
+
+
+def share_cores(threads: int) -> None:
+    """Let what is loaded afterwards take a share of the cores, unless the user says how many."""
+    if threads > 1:
+        share = max(1, (os.cpu_count() or 1) // threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 
 def zip_metadata(path: str) -> Optional[str]:
@@ -214,6 +235,9 @@ def check_metadata(path: str, text: Optional[str]) -> dict:
             "use the run_exported.py of the version that wrote it "
             f"({metadata.get('versions', {}).get('balanced_d2', 'unknown')})"
         )
+    missing = [key for key in NEEDED if key not in metadata]
+    if missing:
+        raise UserError(f"{path} cannot be used: its {METADATA} has no {', '.join(missing)}")
     return metadata
 
 
@@ -348,10 +372,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--arrays is for a single image")
     if args.arrays and identities([args.arrays]) & identities([args.model, *files]):
         raise UserError(f"--arrays {args.arrays} would replace what is read: choose another file")
-    if args.threads > 1:  # each with a share of the cores
-        share = max(1, (os.cpu_count() or 1) // args.threads)
-        os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    detector = ExportedDetector(args.model, args.device, args.engine)
+    detector = ExportedDetector(args.model, args.device, args.engine, args.threads)
     if args.threshold < detector.score_threshold:
         report(
             f"--threshold {args.threshold:g} has no effect below {detector.score_threshold:g}, the "
@@ -411,7 +432,9 @@ def list_files(paths: list) -> list:
         if not os.path.isdir(path):
             files.append(path)
             continue
-        inside = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGES + VIDEOS)
+        found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGES + VIDEOS)
+        # Images of a video are often in a folder with its name.
+        inside = [file for file in found if not file.is_dir()]
         if not inside:
             raise UserError(f"there are no images and no videos in the folder {path}")
         files += map(str, inside)
@@ -424,8 +447,8 @@ def list_items(files: list) -> tuple:
     if videos:
         try:
             import cv2  # noqa: F401  # if missing, report it now
-        except ImportError:
-            raise UserError(f"{videos[0]} needs the package {PACKAGES['cv2']}") from None
+        except ImportError as error:
+            raise UserError(f"{videos[0]} needs {what_is_missing(error)}") from None
     parts = (frames(file) if is_video(file) else [Item(file)] for file in files)
     return itertools.chain.from_iterable(parts), None if videos else len(files)
 
@@ -437,6 +460,10 @@ def is_video(file: str) -> bool:
 def frames(path: str):
     import cv2
 
+    if not is_utf8(path):
+        reason = "its name is not UTF-8, and OpenCV reads no others: rename it"
+        yield Item(path, error=UserError(f"cannot read video {path}: {reason}"))
+        return
     if os.path.isfile(path):
         video = cv2.VideoCapture(path)
         rate = video.get(cv2.CAP_PROP_FPS) or 25.0
@@ -453,6 +480,15 @@ def frames(path: str):
         if number > 0:
             return
     yield Item(path, error=UserError(f"cannot read video {path}"))
+
+
+def is_utf8(path: str) -> bool:
+    """Whether OpenCV can take a path: of one with other bytes it ends the process."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def in_threads(detect, items, threads: int, batch_size: int):
@@ -618,7 +654,8 @@ def describe(outputs: dict, class_names: list, threshold: float) -> list:
         box, label = outputs["boxes"][i], int(outputs["classes"][i])
         detection = {
             "bbox": box.tolist(),
-            "class": class_names[label],
+            # Without a name, its number, as where no names are known to the export.
+            "class": class_names[label] if label < len(class_names) else str(label),
             "class_id": label,
             "score": float(outputs["scores"][i]),
         }
@@ -675,14 +712,16 @@ class Output:
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lines = open(self.folder / "detections.jsonl", "w")
+                # By line, so that the file has whole ones however the program ends.
+                self.lines = open(self.folder / "detections.jsonl", "w", buffering=1)
             except OSError as error:
                 raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
         return self
 
     def __exit__(self, *_):
         if self.lines:
-            self.lines.close()
+            with contextlib.suppress(OSError):  # which has been reported, with its image
+                self.lines.close()
         for video in self.videos.values():
             video.release()
 
@@ -697,16 +736,27 @@ class Output:
                 return
             picture = draw(image, record["detections"], self.font)
             if "frame" not in record:
-                picture.save(self.picture_name(record["image"]))
+                self.save(picture, self.picture_name(record["image"]))
                 return
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {one_line(error)}") from None
         self.video(record["image"], rate, picture.size).write(np.asarray(picture)[:, :, ::-1])
 
+    def save(self, picture: Image.Image, file: Path) -> None:
+        """Write a picture whole or, if Ctrl-C stops it, not at all."""
+        partial = self.folder / ".partial"
+        try:
+            picture.save(partial, "PNG")
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def video(self, path: str, rate: float, size: tuple):
         if path not in self.videos:
             import cv2
 
+            if not is_utf8(str(self.folder)):
+                raise UserError(f"cannot write videos to {self.folder}: its name is not UTF-8")
             file = self.picture_name(path, ".mp4")
             code = cv2.VideoWriter_fourcc(*"mp4v")
             self.videos[path] = cv2.VideoWriter(str(file), code, rate, size)
@@ -797,6 +847,15 @@ def class_color(number: int) -> tuple:
     """A bright colour; the golden ratio keeps those of neighbouring numbers apart."""
     rgb = colorsys.hls_to_rgb(number * 0.618034 % 1.0, 0.65, 0.9)
     return tuple(round(255 * value) for value in rgb)
+
+
+def what_is_missing(error: ImportError) -> str:
+    """A package and how to install it, or what an installed one lacks."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f"a package that is installed but cannot be imported: {one_line(error)}"
+    module = str(error.name).split(".")[0]
+    package = PACKAGES.get(module, module)
+    return f"the package {package}: pip install {package}"
 
 
 def one_line(error: Exception) -> str:

@@ -59,7 +59,8 @@ def calibration_images(cfg: CfgNode, folder: str) -> Iterator[np.ndarray]:
     Raises:
         UserError: at once, if the folder has no images, or one cannot be read.
     """
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES)
+    files = [file for file in found if not file.is_dir()]
     if not files:
         raise UserError(f"there are no images in the folder {folder} to quantise by")
     number = min(len(files), MAX_CALIBRATION_IMAGES)

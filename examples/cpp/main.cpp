@@ -128,6 +128,7 @@ Tensor read_image(const std::string& path) {
     return stack.back().toTensor();
   };
   const Tensor image = call("image::decode_image", {call("image::read_file", {path}), RGB, true});
+  if (image.scalar_type() != at::kByte) throw std::runtime_error("it has more than 8 bits a channel");
   return image.dim() == 4 ? image[0] : image;
 }
 
