@@ -16,7 +16,8 @@ from balanced_d2 import Detector, export
 from balanced_d2.export import run_exported
 from balanced_d2.export.aoti import COMPILER_OPTIONS, COMPILERS
 from balanced_d2.export.batched import PaddedDeployable
-from balanced_d2.export.program import export_padded_program
+from balanced_d2.export.forwards import computed_by, constant_padding, symmetric_padding
+from balanced_d2.export.program import export_padded_program, export_program
 from balanced_d2.export.transposed_conv import convolve_transposed
 from balanced_d2.utils.errors import UserError
 
@@ -158,15 +159,39 @@ def test_mask_heads_have_no_transposed_convolutions():
 
 
 @pytest.mark.slow
-def test_retinanet_can_be_compiled():
-    """No size is an expression with the image's size divided by the stride of P7, which would take
-    half an hour to simplify, and no level has to have more than one position."""
+def test_levels_are_pooled_as_multiples_of_each_other():
+    """All but the coarsest, as in the program of images of any size; in windows of sizes that
+    are computed they would take far longer."""
+    model, image = small_model(), smooth_image(120, 140, seed=1)
+    programs = export_padded_program(model, image), export_program(model, image)
+    of_padded, of_any = (
+        sum(node.target is torch.ops.aten.amax.default for node in program.graph.nodes)
+        for program in programs
+    )
+    assert of_padded == of_any > 0
+
+
+@pytest.mark.parametrize("size, stride, dilation", [(3, 2, 1), (5, 2, 1), (4, 1, 1), (3, 2, 2)])
+def test_convolutions_pad_equally_at_both_ends(size, stride, dilation):
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    conv = Conv2dSame(4, 6, size, stride, dilation=dilation, groups=2)
+    model = torch.nn.Sequential(conv)
+    x = torch.randn(2, 4, 12, 18)
+    with torch.no_grad():
+        expected = model(x)
+        for forwards in (constant_padding(model), symmetric_padding(model)):
+            assert set(forwards) <= {conv}
+            with computed_by(forwards):
+                torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    assert bool(symmetric_padding(model)) == (dilation == 1)
+
+
+@pytest.mark.slow
+def test_levels_may_have_a_single_position():
     model = small_model(*ARCHITECTURES["RetinaNet"])
     program = export_padded_program(model, smooth_image(120, 140, seed=1))
-    values = [node.meta.get("val") for node in program.graph.nodes]
-    shapes = [str(value.shape) for value in values if isinstance(value, torch.Tensor)]
-    assert any("//64" in shape for shape in shapes)  # that the convolution of P6 itself returns
-    assert not any("//128" in shape for shape in shapes)
     assertions = [
         node.args[1]
         for node in program.graph.nodes

@@ -288,6 +288,9 @@ class PaddedDeployable(BatchDeployable):
         Returns:
             As :class:`BatchDeployable`, with boxes within the image sizes.
         """
+        # Sizes written as multiples, from which those of all levels follow as multiples, too.
+        sides = (length // self.multiple * self.multiple for length in images.shape[2:])
+        images = images.view(*images.shape[:2], *sides)
         height, width = image_sizes[:, 0], image_sizes[:, 1]
         rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
         is_inside = (rows < height[:, None])[:, :, None] & (columns < width[:, None])[:, None]

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 import torch
-from detectron2.modeling.backbone import FPN
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,38 +29,49 @@ def constant_padding(model: nn.Module) -> Dict[nn.Module, Callable]:
     detector pads its images to multiples of the coarsest stride, so that every input is a multiple
     of its convolution's stride, and then the padding is always the same.
     """
-    same = (module for module in model.modules() if type(module).__name__ == "Conv2dSame")
-    return dict.fromkeys(same, _pad_and_convolve)
+    return dict.fromkeys(_same_convs(model), _pad_and_convolve)
 
 
 def _pad_and_convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     padding: List[int] = []
-    for size, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation):
-        total = max((size - 1) * dilation + 1 - stride, 0)
+    for total in _total_padding(conv):
         padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the width
     x = F.pad(x, padding)
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
-def unrelated_sizes(model: nn.Module) -> Dict[nn.Module, Callable]:
-    """For :func:`computed_by`: the levels that convolutions add above those of the backbone, with
-    sizes that are symbols of their own.
+def symmetric_padding(model: nn.Module) -> Dict[nn.Module, Callable]:
+    """The same with as much padding at the beginning as at the end, which convolutions do
+    themselves; padding before copies the input, in AOTInductor a tenth of a detector's time.
 
-    As expressions of the image's size, divided and rounded once more for each level, they take a
-    compiler more than half an hour to simplify, wherever these levels are read.
+    Where one more belongs to the end, the kernel begins with a zero. OpenVINO has slow convolutions
+    for such kernels.
     """
-    pyramids = [module for module in model.modules() if isinstance(module, FPN)]
-    added = [module for fpn in pyramids if fpn.top_block for module in fpn.top_block.modules()]
-    convs = (module for module in added if isinstance(module, nn.Conv2d))
-    return dict.fromkeys(convs, _without_relation)
+    undilated = (conv for conv in _same_convs(model) if max(conv.dilation) == 1)
+    return dict.fromkeys(undilated, _convolve_padded)
 
 
-def _without_relation(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    x = type(conv).forward(conv, x)
-    for dim in (2, 3):
-        # Through a tensor, whose value is not followed.
-        length: Any = torch.full((), x.shape[dim], dtype=torch.float32).floor().long().item()
-        torch._check(length >= 1)
-        # Not narrow(), which asserts the relation, and whose strides would still have it.
-        x = x.index_select(dim, torch.arange(length, device=x.device))
-    return x
+def _convolve_padded(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    padding: List[int] = []
+    zeros: List[int] = []
+    for total in _total_padding(conv):
+        padding.append(total - total // 2)
+        zeros = [total % 2, 0, *zeros]
+    weight = F.pad(conv.weight, zeros)
+    return F.conv2d(x, weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _same_convs(model: nn.Module) -> List[nn.Conv2d]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and type(module).__name__ == "Conv2dSame"
+    ]
+
+
+def _total_padding(conv: nn.Conv2d) -> List[int]:
+    """Of height and width, of an input that is a multiple of the stride."""
+    return [
+        max((size - 1) * dilation + 1 - stride, 0)
+        for size, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation)
+    ]

@@ -69,15 +69,17 @@ def suppress(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) ->
     if not is_exporting():
         rows = [_suppress_row(*row, iou_threshold) for row in zip(boxes, scores)]
         return torch.stack(rows) if rows else torch.zeros_like(scores, dtype=torch.bool)
-    num_rows = torch.full((), boxes.shape[0], dtype=torch.long, device=boxes.device)
+    # Rows with boxes first, of which there are few where each class is one.
+    has_boxes = scores.isfinite().any(dim=1)
+    order, num_rows = has_boxes.int().argsort(descending=True), has_boxes.sum()
 
-    def is_left(row, kept):
-        return row < num_rows
+    def is_left(number, kept):
+        return number < num_rows
 
-    def suppress_next(row, kept):
-        at = row.reshape(1)
-        of_row = boxes.index_select(0, at)[0], scores.index_select(0, at)[0]
-        return row + 1, kept.index_copy(0, at, _suppress_row(*of_row, iou_threshold)[None])
+    def suppress_next(number, kept):
+        row = order.index_select(0, number.reshape(1))
+        of_row = boxes.index_select(0, row)[0], scores.index_select(0, row)[0]
+        return number + 1, kept.index_copy(0, row, _suppress_row(*of_row, iou_threshold)[None])
 
     nothing = torch.zeros(scores.shape, dtype=torch.bool, device=boxes.device)
     return torch.while_loop(is_left, suppress_next, (torch.zeros_like(num_rows), nothing))[1]

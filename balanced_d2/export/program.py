@@ -10,7 +10,11 @@ from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from balanced_d2.export.batched import BatchDeployable, PaddedDeployable, Suppression
-from balanced_d2.export.forwards import computed_by, constant_padding, unrelated_sizes
+from balanced_d2.export.forwards import (
+    computed_by,
+    constant_padding,
+    symmetric_padding,
+)
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.tracing import no_export_warnings
@@ -94,8 +98,11 @@ def export_padded_program(model: nn.Module, image: torch.Tensor) -> torch.export
             deployable,
             (example, sizes),
             ({0: batch, **dims}, {0: batch}),
-            # AOTInductor miscompiles them where the number of boxes is data.
-            forwards={**dict.fromkeys(transposed, convolve_transposed), **unrelated_sizes(model)},
+            forwards={
+                # AOTInductor miscompiles them where the number of boxes is data.
+                **dict.fromkeys(transposed, convolve_transposed),
+                **symmetric_padding(model),
+            },
             prefer_deferred_runtime_asserts_over_guards=True,
         )
 
