@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import cv2
 import numpy as np
@@ -138,12 +139,17 @@ def test_an_unreadable_input_does_not_stop_the_others(detect, images, tmp_path):
     for name in ("broken.jpg", "broken.mp4"):
         (tmp_path / name).write_text("no image")
     inputs = [tmp_path / "broken.jpg", images[0], tmp_path / "broken.mp4"]
+    inputs.append(write_video(tmp_path / "clip.avi", images[:1]))
+    inputs[3] = inputs[3].rename(tmp_path / os.fsdecode(b"\xff.avi"))
     result = detect("--input", *inputs, "--output", tmp_path / "out")
     assert_user_error(
-        result, f"cannot read the image {inputs[0]}", f"cannot read the video {inputs[2]}"
+        result,
+        f"cannot read the image {inputs[0]}",
+        f"cannot read the video {inputs[2]}",
+        "whose name is not UTF-8",
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [images[0].name]
-    assert "1 of 3 input(s)" in result.stdout
+    assert "1 of 4 input(s)" in result.stdout
 
 
 MISTAKES = {

@@ -27,6 +27,8 @@ class VideoReader:
     """
 
     def __init__(self, source: str | int):
+        if isinstance(source, str):
+            _check_name(source)
         # The error below replaces OpenCV's own messages about a file that it cannot open.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self._capture = cv2.VideoCapture(source)
@@ -66,6 +68,7 @@ def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.V
     Raises:
         UserError: if the file cannot be written.
     """
+    _check_name(path)
     writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
     if not writer.isOpened():
         raise UserError(f"cannot write the video {path}")
@@ -73,3 +76,12 @@ def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.V
         yield writer
     finally:
         writer.release()
+
+
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:  # which ends a process within OpenCV
+        raise UserError(
+            f"OpenCV takes no file whose name is not UTF-8: rename {ascii(path)}"
+        ) from error
