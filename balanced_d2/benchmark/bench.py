@@ -23,12 +23,16 @@ class Bench:
         self.turns = turns
         self.results = {}
 
-    def compare(self, title: str, variants: dict, calls: int = 1, memory: bool = True) -> dict:
+    def compare(
+        self, title: str, variants: dict, calls: int = 1, settle: int = 0, memory: bool = True
+    ) -> dict:
         """Time functions in turns, print the table and keep the figures.
 
         Args:
             variants: functions by name; ratios are to the first.
             calls: how often a function is called in each measurement.
+            settle: how often before it, which is not measured: where variants are of several
+                libraries, the threads of one still take time for a while when another is called.
             memory: whether to measure the peak of the memory that each allocates.
         """
         seconds = {name: [] for name in variants}
@@ -36,6 +40,8 @@ class Bench:
             run()
         for _ in tqdm(range(self.turns), desc=title, unit="turn", disable=None, leave=False):
             for name, run in variants.items():
+                for _ in range(settle):
+                    run()
                 seconds[name].append(self.seconds(run, calls))
         first = next(iter(variants))
         rows = {}

@@ -74,4 +74,4 @@ def compare_exported(
                 where = f" in {engine}" if engine else ""
                 runs[name + where] = functools.partial(detector, image.numpy())
     title = f"exported, {Path(config).stem}, {height} x {width}"
-    return bench.compare(title, runs, memory=False)
+    return bench.compare(title, runs, calls=3, settle=3, memory=False)

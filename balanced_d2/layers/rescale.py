@@ -30,12 +30,12 @@ def adaptive_max_pool(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     height, width = like.shape[-2:]
     is_multiple = [_is_multiple(x.shape[2], height), _is_multiple(x.shape[3], width)]
-    if is_exporting() and not all(is_multiple):
-        return _max_of_windows(_max_of_windows(x, 2, height), 3, width)
     # The indices of the maxima make the gradient cheap.
-    if torch.is_grad_enabled() and not is_exporting():
-        if all(is_multiple):
-            return F.max_pool2d(x, (x.shape[2] // height, x.shape[3] // width))
+    if all(is_multiple) and (torch.is_grad_enabled() or is_exporting()):
+        return F.max_pool2d(x, (int(x.shape[2] // height), int(x.shape[3] // width)))
+    if is_exporting():
+        return _max_of_windows(_max_of_windows(x, 2, height), 3, width)
+    if torch.is_grad_enabled():
         return F.adaptive_max_pool2d(x, (height, width))
     if is_multiple[0]:
         x = _max_of_blocks(x, 2, height)
@@ -57,8 +57,9 @@ def nearest(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         PyTorch does. ONNX's Resize rounds otherwise, which at some sizes picks another row.
     """
     if is_exporting():
-        x = x[:, :, _nearest_index(x.shape[2], like.shape[-2], x.device)]
-        return x[:, :, :, _nearest_index(x.shape[3], like.shape[-1], x.device)]
+        for dim in (2, 3):
+            x = x.index_select(dim, _nearest_index(x.shape[dim], like.shape[dim - 4], x.device))
+        return x
     return _interpolate(x, like.shape[-2:])
 
 
@@ -99,14 +100,10 @@ def _max_of_blocks(x: torch.Tensor, dim: int, number: int) -> torch.Tensor:
 def _max_of_windows(x: torch.Tensor, dim: int, number: int) -> torch.Tensor:
     """The maxima along one dimension of that many windows of an adaptive pooling."""
     index = _windows(x.shape[dim], number, x.device)
-    if torch.jit.is_tracing():
-        # Indices of one dimension: behind a choice that adds a dimension, OpenVINO multiplies the
-        # wrong one by the factors of the channels, if the model is in int8.
-        shape = (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
-        chosen = x.index_select(dim, index.flatten()).reshape(shape)
-    else:
-        chosen = x[(slice(None),) * dim + (index,)]
-    return chosen.amax(dim=dim + 1)
+    # Indices of one dimension: behind a choice that adds a dimension, OpenVINO multiplies the wrong
+    # one by the factors of the channels, if the model is in int8.
+    shape = (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
+    return x.index_select(dim, index.flatten()).reshape(shape).amax(dim=dim + 1)
 
 
 def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:
