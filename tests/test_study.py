@@ -433,3 +433,33 @@ def test_bins_of_mmdetection():
     hard = [int((ious[sampler(ious, 90)] > 0.3).sum()) for _ in range(400)]
     # 30 of the hundred of the second bin, and of the other 30 of 940 that 70 of them are in.
     assert np.mean(hard) == pytest.approx(30 + 30 * 70 / 940, abs=0.3)
+
+
+def test_effects_are_differences_of_means_within_seeds():
+    """All combinations of the balances, with as many runs each: written out in plain loops."""
+    pytest.importorskip("scipy")
+    effects = importlib.import_module("studies.finetune.effects")
+    rows = effects.combinations_of_balances()
+    assert rows["plain"] == (False, False, False) and rows["all"] == (True, True, True)
+    assert rows["sampling and Balanced L1"] == (True, False, True) and len(set(rows.values())) == 8
+
+    random = np.random.default_rng(0)
+    runs = [(switches, seed) for switches in rows.values() for seed in (1, 2, 3)]
+    values = [3 * on[0] - 5 * on[2] + 10 * seed + random.normal() for on, seed in runs]
+    found = effects.main_effects(*map(list, zip(*runs)), values)
+
+    expected, residuals = [], list(values)
+    for factor in range(3):
+        on = sum(v for (switches, _), v in zip(runs, values) if switches[factor]) / 12
+        off = sum(v for (switches, _), v in zip(runs, values) if not switches[factor]) / 12
+        expected.append(on - off)
+    for i, (switches, seed) in enumerate(runs):
+        residuals[i] -= sum(v for (_, s), v in zip(runs, values) if s == seed) / 8
+        for factor in range(3):
+            residuals[i] -= expected[factor] * (0.5 if switches[factor] else -0.5)
+    deviation = math.sqrt(sum(r * r for r in residuals) / (24 - 1 - 2 - 3))
+    for effect, difference in zip(found, expected):
+        assert effect.mean == pytest.approx(difference)
+        # 2.1009: of Student's t, 18 degrees of freedom, 95 %
+        assert effect.margin == pytest.approx(2.1009 * deviation * math.sqrt(2 / 12), rel=1e-4)
+    assert found[0].p < 1e-4 and found[1].p > 1e-3

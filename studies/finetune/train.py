@@ -3,8 +3,8 @@
 (Aquarium), of blood cells (BCCD), and on generated shapes that span one, two and four levels.
 
 Run from the project's root: python -m studies.finetune.train. Every run writes one JSON line; one
-that has its line is not repeated, and one that was interrupted continues. docs/study.md says how
-the lines are analysed.
+that has its line is not repeated, and one that was interrupted continues. README.md beside
+it says how the lines are analysed.
 """
 
 import sys
