@@ -3,6 +3,7 @@ which rewrite graphs leave its result as it is."""
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import cv2
@@ -20,7 +21,7 @@ from balanced_d2.commands import export_model
 from balanced_d2.export import Comparison, run_exported, sample
 from balanced_d2.export.attention import CHUNK, chunk_attention
 from balanced_d2.export.quantize import quantized_nodes
-from balanced_d2.layers.rescale import adaptive_max_pool
+from balanced_d2.layers.rescale import adaptive_max_pool, nearest
 from balanced_d2.utils.errors import UserError
 
 from .conftest import ROOT, TINY_CONFIG, assert_user_error
@@ -394,27 +395,72 @@ def test_images_to_quantise_by_are_the_networks(tmp_path, monkeypatch):
         export.calibration_images(cfg, str(tmp_path / "none"))
 
 
-def test_pooling_between_levels_in_openvino(tmp_path):
-    """OpenVINO divides by multiplying with a reciprocal, which rounds: where a quotient is a whole
-    number, as it often is, a floor of it must not depend on that."""
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+class Rescaling(torch.nn.Module):
+    def forward(self, x, like):
+        return adaptive_max_pool(x, like), nearest(like, x)
 
-    class Pooling(torch.nn.Module):
-        def forward(self, x, like):
-            return adaptive_max_pool(x, like)
 
+@pytest.fixture
+def rescaling(tmp_path):
+    """A file that pools the first input to the size of the second, and repeats the second."""
+    path = str(tmp_path / "rescaling.onnx")
     torch.onnx.export(
-        Pooling(),
+        Rescaling(),
         (torch.rand(1, 2, 9, 7), torch.rand(1, 2, 4, 3)),
-        str(tmp_path / "pooling.onnx"),
+        path,
         dynamo=False,
         input_names=["x", "like"],
         dynamic_axes={"x": {2: "a", 3: "b"}, "like": {2: "c", 3: "d"}},
     )
+    return path
+
+
+# Of levels that are twice, four times and almost four times as large. 82 is that of P4 in images of
+# 1312 pixels, whose reciprocal, in float32, gives less than a half of 41.
+LEVELS = [(41, 82), (41, 164), (42, 166), (21, 82), (47, 94), (7, 26), (1, 2), (1, 1)]
+
+
+def assert_rescaled(run, coarse, fine):
+    x = torch.rand(1, 2, fine, 3)
+    like = torch.arange(2.0 * coarse).reshape(1, 2, coarse, 1)
+    pooled, repeated = run(x.numpy(), like.numpy())
+    np.testing.assert_array_equal(pooled, F.adaptive_max_pool2d(x, (coarse, 1)))
+    np.testing.assert_array_equal(repeated, F.interpolate(like, (fine, 3), mode="nearest"))
+
+
+def run_session(session, x, like):
+    return session.run(None, {"x": x, "like": like})
+
+
+def test_levels_are_rescaled_alike_however_a_runtime_divides(rescaling):
+    """As OpenVINO does, by multiplying with a reciprocal, also one that is rounded otherwise: where
+    a quotient is a whole number, as it often is, a floor of it must not depend on that."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(rescaling))
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "Div" or types[node.output[0]] != onnx.TensorProto.FLOAT:
+            nodes.append(node)
+            continue
+        reciprocal = f"{node.output[0]}_reciprocal"
+        nodes += [
+            onnx.helper.make_node("Reciprocal", [node.input[1]], [reciprocal]),
+            onnx.helper.make_node("Mul", [node.input[0], reciprocal], node.output),
+        ]
+    assert len(nodes) > len(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    changed = onnxruntime.InferenceSession(model.SerializeToString())
+    session = onnxruntime.InferenceSession(rescaling)
+    for engine in (session, changed):
+        for coarse, fine in LEVELS:
+            assert_rescaled(partial(run_session, engine), coarse, fine)
+
+
+def test_levels_are_rescaled_alike_in_openvino(rescaling):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(tmp_path / "pooling.onnx"), "CPU", options)
-    for size in range(1, 25):
-        x = torch.rand(1, 2, size, size)
-        for number in range(1, size + 1):
-            found = compiled([x.numpy(), np.zeros((1, 2, number, number), np.float32)])[0]
-            np.testing.assert_array_equal(found, F.adaptive_max_pool2d(x, number))
+    compiled = openvino.Core().compile_model(rescaling, "CPU", options)
+    pairs = [(coarse, fine) for fine in range(1, 25) for coarse in range(1, fine + 1)]
+    for coarse, fine in [*LEVELS, *pairs]:
+        assert_rescaled(lambda x, y: compiled([x, y]).values(), coarse, fine)

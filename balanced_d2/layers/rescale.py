@@ -123,6 +123,18 @@ def _windows(length: int, windows: int, device: torch.device) -> torch.Tensor:
 
 
 def _nearest_index(length: int, size: int, device: torch.device) -> torch.Tensor:
-    scale = torch.full((1,), 1.0, device=device) * length / size
-    index = (torch.arange(size, device=device) * scale).floor().long()
-    return index.clamp(max=length - 1)
+    index = torch.arange(size, device=device) * _quotient(length, size, device)
+    return index.floor().long().clamp(max=length - 1)
+
+
+def _quotient(a: int, b: int, device: torch.device) -> torch.Tensor:
+    """``a / b`` in float32, to the nearest: also where a division is a multiplication with the
+    reciprocal, as in OpenVINO, whose half of 82 would be less than 41 and choose other rows.
+
+    Of shape (1,). For sizes of levels of one pyramid, at most 4,096.
+    """
+    quotient = torch.full((1,), 1.0, device=device) * a / b
+    # What it lacks: both products are exact, since each of their factors has at most 12 bits or so.
+    high = (quotient * 4096).floor() / 4096
+    rest = (a - high * b) - (quotient - high) * b
+    return quotient + rest / b
