@@ -66,13 +66,15 @@ def eager(model, image):
 
 def rounding_decides(model, image, found, kind, tolerance):
     """Whether the eager model finds something else itself if the image changes by 1/10,000 of a
-    gray level, which is about what float32 rounds: scores, or an overlap and its threshold, are
-    then so near that rounding decides. In a constant image, all positions have the same scores."""
+    gray level, which is about what float32 rounds, or ten times that in ONNX, whose tolerance is as
+    much larger: scores, or an overlap and its threshold, are then so near that rounding decides. In
+    a constant image, all positions have the same scores."""
     if kind == "constant":
         return True
+    change = 0.1 * tolerance[0]
     for seed in range(20):
         noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
-        if not Comparison(found, eager(model, image + 1e-4 * noise), tolerance).agrees:
+        if not Comparison(found, eager(model, image + change * noise), tolerance).agrees:
             return True
     return False
 
@@ -122,5 +124,5 @@ def test_random_sizes_and_batches(engines):
                     continue
                 wrong.append((format, engine, kind, tuple(images.shape)))
     print(f"{NUM_BATCHES or 8} batches, {compared} comparisons, {ties} decided by rounding")
-    assert not wrong
+    assert not wrong, "\n".join(map(str, wrong))
     assert ties < 0.25 * compared
