@@ -52,8 +52,10 @@ def compare_exported(
         runs[name] = functools.partial(model.detect, [{"image": image}])
     # As it is exported: without what makes eager models fast.
     model = WholeModel(bench, config, random + switched(FAST + MIXED, False)).model.eval()
-    described = {"format_version": FORMAT_VERSION, "class_names": [], "input_format": "BGR"}
-    described.update(min_size=0, max_size=0)
+    described = {
+        **{"format_version": FORMAT_VERSION, "class_names": []},
+        **{"input_format": "BGR", "min_size": 0, "max_size": 0},
+    }
     for format in formats or export.EXPORTERS:
         path = os.path.join(folder, f"model.{export.EXTENSIONS[format]}")
         outputs = export.output_names(is_batch=format in export.BATCH_FORMATS)

@@ -10,11 +10,7 @@ from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_shapes_config
 
 from balanced_d2.export.batched import BatchDeployable, PaddedDeployable, Suppression
-from balanced_d2.export.forwards import (
-    computed_by,
-    constant_padding,
-    symmetric_padding,
-)
+from balanced_d2.export.forwards import computed_by, constant_padding, symmetric_padding
 from balanced_d2.export.metadata import METADATA_FILE
 from balanced_d2.export.nms import suppress
 from balanced_d2.export.tracing import no_export_warnings

@@ -7,6 +7,7 @@ from typing import Iterator, Tuple
 import cv2
 import numpy as np
 
+from balanced_d2.export.run_exported import is_utf8
 from balanced_d2.utils.errors import UserError
 
 DEFAULT_FPS = 25.0
@@ -79,9 +80,5 @@ def create_video(path: str, fps: float, size: Tuple[int, int]) -> Iterator[cv2.V
 
 
 def _check_name(path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:  # which ends a process within OpenCV
-        raise UserError(
-            f"OpenCV takes no file whose name is not UTF-8: rename {ascii(path)}"
-        ) from error
+    if not is_utf8(path):
+        raise UserError(f"OpenCV takes no file whose name is not UTF-8: rename {ascii(path)}")
