@@ -1,6 +1,7 @@
 """The detector for Python: sources, inputs, batches, formats of results, and tiles."""
 
 import json
+import signal
 import zipfile
 from types import SimpleNamespace
 
@@ -599,7 +600,10 @@ def test_demo_counts_what_it_has_processed(training, image, tmp_path, run_here, 
 
 
 @pytest.mark.parametrize("source", ["--input", "--webcam"])
-def test_ctrl_c_ends_demo_and_its_video(source, training, image, tmp_path, run_here, monkeypatch):
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_demo_and_its_video(
+    source, received, training, image, tmp_path, run_here, monkeypatch
+):
     clip, calls = str(tmp_path / "clip.mp4"), []
     with video.create_video(clip, 5, image.shape[1::-1]) as writer:
         for _ in range(4):
@@ -610,7 +614,7 @@ def test_ctrl_c_ends_demo_and_its_video(source, training, image, tmp_path, run_h
     def interrupt_the_third(self, image, **options):
         calls.append(image)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(received)
         return find(self, image, **options)
 
     monkeypatch.setattr(Detector, "__call__", interrupt_the_third)

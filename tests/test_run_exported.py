@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -377,6 +378,24 @@ def test_a_video_that_ends_early_is_named(run_here, tmp_path):
     number = len(records(result))
     assert 0 < number < 20
     assert f"note: {file} ends after {number} of 20 images" in result.stderr
+
+
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runner_and_its_video(received, tmp_path):
+    model, source, out = toy(tmp_path / "model.onnx"), tmp_path / "long.avi", tmp_path / "out"
+    writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"FFV1"), 5, (32, 32))
+    for _ in range(2000):  # whose lines fill a pipe that is not read
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+    writer.release()
+    command = [sys.executable, RUNNER, model, source, "--threshold", "0", "--output", out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(received)
+        lines += process.stdout.readlines()
+    assert process.returncode == 130
+    number = cv2.VideoCapture(str(out / "long.mp4")).get(cv2.CAP_PROP_FRAME_COUNT)
+    assert 0 <= len(lines) - number <= 1 and len(lines) < 2000
+    assert "".join(lines).startswith((out / "detections.jsonl").read_text())
 
 
 def test_names_that_are_not_utf8(inputs, tmp_path):

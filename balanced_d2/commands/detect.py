@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import re
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,6 +65,7 @@ class Source(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a video is finished
     split_options(args)
     if not 0 <= args.confidence_threshold <= 1:
         raise UserError(f"--confidence-threshold is {args.confidence_threshold}, not in [0, 1]")
@@ -236,7 +238,7 @@ def process_video(
 ) -> Iterator[int]:
     """Run the detector on each frame of a video or webcam; yield the numbers of detections.
 
-    When Ctrl-C stops it, the frames written until then are kept.
+    When Ctrl-C or SIGTERM stops it, the frames written until then are kept.
     """
     visualizer = VideoVisualizer(detector.metadata)
     writer = None
@@ -244,7 +246,7 @@ def process_video(
     with ExitStack() as stack:
         video = stack.enter_context(VideoReader(0 if source.is_webcam else source.path))
 
-        @stack.callback  # also after Ctrl-C
+        @stack.callback  # also after an interruption
         def write_frames() -> None:
             if frames:
                 content = {"video": source.path, "fps": video.fps, "frames": frames}

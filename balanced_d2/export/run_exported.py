@@ -30,6 +30,7 @@ import logging
 import os
 import queue
 import re
+import signal
 import statistics
 import sys
 import time
@@ -743,7 +744,7 @@ class Output:
         self.video(record["image"], rate, picture.size).write(np.asarray(picture)[:, :, ::-1])
 
     def save(self, picture: Image.Image, file: Path) -> None:
-        """Write a picture whole or, if Ctrl-C stops it, not at all."""
+        """Write a picture whole or, if a signal stops it, not at all."""
         partial = self.folder / ".partial"
         try:
             picture.save(partial, "PNG")
@@ -921,6 +922,7 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: videos are finished
     try:
         sys.exit(main(parse_args()))
     except UserError as error:
