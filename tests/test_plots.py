@@ -19,7 +19,7 @@ from detectron2.utils.visualizer import Visualizer
 from balanced_d2 import load_config
 from balanced_d2.analysis.features import balance_levels, energy
 from balanced_d2.analysis.metrics import names_of_runs, read_metrics
-from balanced_d2.analysis.sampling import hard_share, sample_negatives
+from balanced_d2.analysis.sampling import Negatives, sample_negatives
 from balanced_d2.checkpoint import load_weights
 from balanced_d2.data.datasets.coco import register_coco
 from balanced_d2.data.loader import TrainLoader
@@ -73,8 +73,8 @@ def iou(a, b):
 
 
 def reference_negatives(cfg, model, num_iterations):
-    """The IoU of all negatives, in plain loops: training's proposals with an IoU below 0.5."""
-    ious = []
+    """IoU and size of all negatives, in plain loops: training's proposals with an IoU below 0.5."""
+    found = []
     model.train()
     with EventStorage(), torch.no_grad():
         for _, batch in zip(range(num_iterations), TrainLoader(cfg)):
@@ -85,8 +85,9 @@ def reference_negatives(cfg, model, num_iterations):
             for image, target in zip(proposals, targets):
                 truth = target.gt_boxes.tensor.double().tolist()
                 for box in image.proposal_boxes.tensor.double().tolist():
-                    ious.append(max(iou(box, gt) for gt in truth))
-    return np.sort([value for value in ious if value < 0.5])
+                    size = ((box[2] - box[0]) * (box[3] - box[1])) ** 0.5
+                    found.append((max(iou(box, gt) for gt in truth), size))
+    return np.array(sorted(pair for pair in found if pair[0] < 0.5))
 
 
 def test_sampled_negatives(cfg):
@@ -97,28 +98,33 @@ def test_sampled_negatives(cfg):
     assert np.allclose(negatives.bin_edges, [0, 1 / 6, 1 / 3, 1 / 2])
     # Proposals come from batch statistics, so changed running statistics make no difference.
     expected = reference_negatives(cfg, model, 3)
-    assert len(negatives.available) == len(expected)
-    assert np.allclose(np.sort(negatives.available), expected, atol=1e-5)
+    available, sizes = negatives.available
+    assert len(available) == len(expected)
+    assert np.allclose(np.sort(available), expected[:, 0], atol=1e-5)
+    assert np.allclose(np.sort(sizes), np.sort(expected[:, 1]), rtol=1e-4)
 
-    random, balanced = (negatives.sampled[name] for name in ("random", "iou_balanced"))
+    sampled = [negatives.sampled[name] for name in ("random", "iou_balanced")]
+    pairs = set(zip(*negatives.available))
+    for of in sampled:
+        assert set(zip(*of)) <= pairs
+    random, balanced = (of.ious for of in sampled)
     assert len(random) == len(balanced)
-    for ious in (random, balanced):
-        assert np.isin(ious, negatives.available).all()
     # Each bin supplies a third of the samples, unless it has fewer in an image.
     shares = np.histogram(balanced, negatives.bin_edges)[0] / len(balanced)
-    assert shares[2] > 1.3 * np.mean(negatives.available >= 1 / 3)
+    assert shares[2] > 1.3 * np.mean(available >= 1 / 3)
     # A random sample follows the distribution of all negatives, within five standard errors.
     for edge in (0.05, 1 / 6, 1 / 3):
-        share = np.mean(negatives.available > edge)
+        share = np.mean(available > edge)
         error = np.sqrt(share * (1 - share) / len(random))
         assert abs(np.mean(random > edge) - share) < 5 * error
-    assert hard_share(balanced) > hard_share(random)
-    assert hard_share(np.array([0.0, 0.05, 0.06, 0.3])) == 0.5 and hard_share(np.array([])) == 0
+    assert sampled[1].hard > sampled[0].hard
+    few, none = np.array([0.0, 0.05, 0.06, 0.3]), np.array([])
+    assert Negatives(few, few).hard == 0.5 and Negatives(none, none).hard == 0
 
     counts = histogram(negatives)
     assert counts["random"].sum() == len(random) and counts["available"].sum() == len(expected)
     labels = draw_sampling(negatives, "t").axes[0].get_legend_handles_labels()[1]
-    assert f"IoU-balanced sampling: {hard_share(balanced):.0%} hard" in labels
+    assert f"IoU-balanced sampling: {sampled[1].hard:.0%} hard" in labels
 
     again = sample_negatives(cfg, model, 3).sampled
     assert all(np.array_equal(again[name], negatives.sampled[name]) for name in again)
@@ -139,6 +145,10 @@ def test_plot_sampling(run_here, opts, shapes, demo, tmp_path):
     assert list(rows[0]) == ["iou_low", "iou_high", "available", "random", "iou_balanced"]
     assert len(rows) == 20 and float(rows[-1]["iou_high"]) == 0.5
     printed = dict(re.findall(r"^(\w+) +([\d,]+) negatives", result.stdout, re.MULTILINE))
+    for line in result.stdout.splitlines()[:3]:  # random, evenly over IoU, all
+        levels = re.findall(r"([\d.]+)% on (p\d)", line)
+        assert [level for _, level in levels] == ["p2", "p3", "p4", "p5"]
+        assert sum(float(share) for share, _ in levels) == pytest.approx(100, abs=0.21)
     for name in ("random", "iou_balanced"):
         assert sum(int(row[name]) for row in rows) == int(printed[name].replace(",", ""))
 

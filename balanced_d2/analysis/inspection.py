@@ -22,7 +22,7 @@ from balanced_d2.analysis.levels import (
     is_retinanet,
     levels_of,
 )
-from balanced_d2.analysis.sampling import HARD_IOU, SampledNegatives, hard_share
+from balanced_d2.analysis.sampling import HARD_IOU, SampledNegatives
 from balanced_d2.data.checks.records import Finding
 from balanced_d2.data.class_balance import repeat_threshold
 
@@ -351,14 +351,15 @@ def _positives(cfg: CfgNode, found: Inspection) -> List[Advice]:
 def _negatives(cfg: CfgNode, found: Inspection) -> List[Advice]:
     if found.negatives is None:
         return []
-    random = hard_share(found.negatives.sampled["random"])
-    balanced = hard_share(found.negatives.sampled["iou_balanced"])
+    random, balanced = (found.negatives.sampled[name] for name in ("random", "iou_balanced"))
+    finest = [found.levels.shares(of.sizes)[0] for of in (random, balanced)]
     figure = (
-        f"Of the negatives that random sampling takes, {_percent(random)} are hard (IoU > "
-        f"{HARD_IOU:g}), with IoU-balanced sampling {_percent(balanced)}"
+        f"Of the negatives that random sampling takes, {_percent(random.hard)} are hard (IoU > "
+        f"{HARD_IOU:g}) and {_percent(finest[0])} on {found.levels.names[0]}, with IoU-balanced "
+        f"sampling {_percent(balanced.hard)} and {_percent(finest[1])}"
     )
     key = "MODEL.ROI_HEADS.NEGATIVE_SAMPLER"
-    if balanced < random + SMALL_SHARE:
+    if balanced.hard < random.hard + SMALL_SHARE:
         return [Advice(figure, f"{key} iou_balanced changes little here")]
     text = f"{key} iou_balanced trains on harder ones (with random sampling, the paper has 30 %)"
     return [Advice(figure, text)]

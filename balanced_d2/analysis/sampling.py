@@ -1,4 +1,4 @@
-"""The IoU of the negatives that the RoI heads would train on, with each negative sampler."""
+"""The negatives that the RoI heads would train on, with each negative sampler."""
 
 from typing import Dict, List, NamedTuple
 
@@ -23,13 +23,25 @@ HARD_IOU = 0.05
 SAMPLING_SEEDS = 3
 
 
-class SampledNegatives(NamedTuple):
-    """The largest IoU of negatives with ground truth, for all images together."""
+class Negatives(NamedTuple):
+    """Proposals that are background, those of all images together."""
 
-    available: np.ndarray
-    """Shape (M,), IoU of all negatives to choose from."""
-    sampled: Dict[str, np.ndarray]
-    """Shape (N,) each, IoU of the sampled negatives by name of the sampler."""
+    ious: np.ndarray
+    """Float (N,), the largest IoU with ground truth."""
+    sizes: np.ndarray
+    """Float (N,), square root of the area, in pixels of the network's input."""
+
+    @property
+    def hard(self) -> float:
+        """The share with an IoU above :data:`HARD_IOU`, 0 if there are none."""
+        return float((self.ious > HARD_IOU).mean()) if len(self.ious) else 0.0
+
+
+class SampledNegatives(NamedTuple):
+    available: Negatives
+    """All to choose from."""
+    sampled: Dict[str, Negatives]
+    """What each sampler takes, by its name."""
     bin_edges: np.ndarray
     """Shape (num_bins + 1,), edges of the bins of IoU-balanced sampling."""
     num_images: int
@@ -38,11 +50,6 @@ class SampledNegatives(NamedTuple):
 
 class _ProposalSampler(BalancedSamplingMixin, ROIHeads):
     """The sampling part of RoI heads, without layers."""
-
-
-def hard_share(ious: np.ndarray) -> float:
-    """The share of negatives with an IoU above :data:`HARD_IOU`, 0 if there are none."""
-    return float((ious > HARD_IOU).mean()) if len(ious) else 0.0
 
 
 def check_samples_proposals(cfg: CfgNode) -> None:
@@ -76,7 +83,7 @@ def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) 
     }
     everything = _sampler(cfg, "random")
     everything.batch_size_per_image = int(1e9)
-    ious: Dict[str, List[np.ndarray]] = {name: [] for name in (*samplers, "available")}
+    found: Dict[str, List[Negatives]] = {name: [] for name in (*samplers, "available")}
     loader = TrainLoader(cfg)
     was_training = model.training
     model.train()
@@ -91,17 +98,17 @@ def sample_negatives(cfg: CfgNode, model: GeneralizedRCNN, num_iterations: int) 
             proposals, _ = model.proposal_generator(images, features, targets)
             for name, sampler in (*samplers.items(), ("available", everything)):
                 sampled = sampler.label_and_sample_proposals(proposals, targets)
-                ious[name] += [
-                    _negative_ious(*image, background=sampler.num_classes)
+                found[name] += [
+                    _negatives_of(*image, background=sampler.num_classes)
                     for image in zip(sampled, targets)
                 ]
             num_images += len(batch)
     model.train(was_training)
-    values = {name: np.concatenate(parts) for name, parts in ious.items()}
+    joined = {name: Negatives(*map(np.concatenate, zip(*parts))) for name, parts in found.items()}
     low, high = everything.iou_range
     return SampledNegatives(
-        available=values.pop("available"),
-        sampled=values,
+        available=joined.pop("available"),
+        sampled=joined,
         bin_edges=np.linspace(low, high, everything.num_bins + 1),
         num_images=num_images,
     )
@@ -114,9 +121,10 @@ def _sampler(cfg: CfgNode, negative_sampler: str) -> _ProposalSampler:
     return _ProposalSampler(cfg)
 
 
-def _negative_ious(sampled: Instances, targets: Instances, background: int) -> np.ndarray:
-    """The largest IoU with ground truth of each background sample of an image."""
-    negatives = sampled[sampled.gt_classes == background].proposal_boxes
-    if len(targets) == 0:
-        return np.zeros(len(negatives))
-    return pairwise_iou(negatives, targets.gt_boxes).max(dim=1).values.cpu().numpy()
+def _negatives_of(sampled: Instances, targets: Instances, background: int) -> Negatives:
+    boxes = sampled[sampled.gt_classes == background].proposal_boxes
+    if len(targets):
+        ious = pairwise_iou(boxes, targets.gt_boxes).max(dim=1).values.cpu().numpy()
+    else:
+        ious = np.zeros(len(boxes))
+    return Negatives(ious, boxes.area().sqrt().cpu().numpy())

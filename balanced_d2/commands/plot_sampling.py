@@ -1,17 +1,17 @@
 """Plot the IoU of the negatives that are sampled from a trained model's proposals.
 
 Random and IoU-balanced sampling choose from the same proposals on the images of DATASETS.TRAIN.
-Writes a picture and, beside it, the counts as CSV.
+Writes a picture and, beside it, the counts as CSV; prints the share of each pyramid level.
 """
 
 import argparse
 import os
 
 # First, so that importing Detectron2 is quiet.
+from balanced_d2.analysis.levels import levels_of
 from balanced_d2.analysis.sampling import (
     HARD_IOU,
     check_samples_proposals,
-    hard_share,
     sample_negatives,
 )
 from balanced_d2.config.checks import check_weights
@@ -39,9 +39,13 @@ def main(args: argparse.Namespace) -> None:
     model = build_predictor(cfg, "sample from").model
     negatives = sample_negatives(cfg, model, args.iterations)
 
-    for name, ious in (*negatives.sampled.items(), ("all negatives", negatives.available)):
-        share = hard_share(ious)
-        print(f"{name:<14} {len(ious):>9,} negatives, {share:6.1%} hard (IoU > {HARD_IOU:g})")
+    levels = levels_of(cfg)
+    for name, of in (*negatives.sampled.items(), ("all negatives", negatives.available)):
+        shares = zip(levels.names, levels.shares(of.sizes))
+        print(
+            f"{name:<14} {len(of.ious):>9,} negatives, {of.hard:6.1%} hard (IoU > {HARD_IOU:g}), "
+            f"{', '.join(f'{share:.1%} on {level}' for level, share in shares)}"
+        )
     table = os.path.splitext(picture)[0] + ".csv"
     title = f"{', '.join(cfg.DATASETS.TRAIN)}: {negatives.num_images} images"
     save_figure(draw_sampling(negatives, title), picture)

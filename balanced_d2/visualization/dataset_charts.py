@@ -5,7 +5,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from balanced_d2.analysis.inspection import Inspection
-from balanced_d2.analysis.sampling import HARD_IOU, hard_share
+from balanced_d2.analysis.sampling import HARD_IOU
 
 MAX_CLASSES = 30
 """Of more classes, the most and the least frequent are drawn."""
@@ -115,8 +115,8 @@ def _negatives(found: Inspection) -> Chart:
         f"Share of the negatives with an IoU above {HARD_IOU:g}, of the model's proposals on "
         f"{negatives.num_images:,} images of {found.data.splits[0]}."
     )
-    ious = {"all there are": negatives.available, **negatives.sampled}
-    rows = [(name, [hard_share(v)], [f"{100 * hard_share(v):.1f} %"]) for name, v in ious.items()]
+    samples = {"all there are": negatives.available, **negatives.sampled}
+    rows = [(name, [of.hard], [f"{100 * of.hard:.1f} %"]) for name, of in samples.items()]
     return Chart("Hard negatives", note, [found.data.splits[0]], rows)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from balanced_d2.analysis.sampling import HARD_IOU, SampledNegatives, hard_share
+from balanced_d2.analysis.sampling import HARD_IOU, SampledNegatives
 from balanced_d2.utils.files import replacing
 from balanced_d2.visualization.figure import COLORS, GREY, new_figure
 
@@ -26,7 +26,7 @@ def histogram(negatives: SampledNegatives) -> Dict[str, np.ndarray]:
     low, high = negatives.bin_edges[[0, -1]]
     edges = np.linspace(low, high, max(1, round((high - low) / BIN_WIDTH)) + 1)
     values = {"available": negatives.available, **negatives.sampled}
-    counts = {name: np.histogram(ious, edges)[0] for name, ious in values.items()}
+    counts = {name: np.histogram(of.ious, edges)[0] for name, of in values.items()}
     return {"iou_low": edges[:-1], "iou_high": edges[1:], **counts}
 
 
@@ -53,7 +53,7 @@ def draw_sampling(negatives: SampledNegatives, title: str) -> Figure:
     axes = figure.subplots()
     width = (high - low) / len(columns)
     for i, (name, counts) in enumerate(columns.items()):
-        hard = hard_share(negatives.sampled[name])
+        hard = negatives.sampled[name].hard
         axes.bar(
             low + i * width,
             counts / max(counts.sum(), 1),
@@ -62,12 +62,12 @@ def draw_sampling(negatives: SampledNegatives, title: str) -> Figure:
             color=COLORS[len(columns) - 1 - i],
             label=f"{LABELS.get(name, name)}: {hard:.0%} hard",
         )
-    hard = hard_share(negatives.available)
+    hard = negatives.available.hard
     axes.stairs(
         available / max(available.sum(), 1),
         [*low, high[-1]],
         color=GREY,
-        label=f"all {len(negatives.available):,} negatives: {hard:.0%} hard",
+        label=f"all {len(negatives.available.ious):,} negatives: {hard:.0%} hard",
     )
     for edge in negatives.bin_edges:
         axes.axvline(edge, color=GREY, linestyle=":", linewidth=1)
