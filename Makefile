@@ -65,5 +65,6 @@ check-fresh:
 $(READY): requirements.txt setup.cfg setup.py pyproject.toml $(INSTALLATION)
 	$(PYTHON) balanced_d2/installation/set_up.py --venv $(VENV) --pip-args='$(PIP_ARGS)'
 
+# Only what the targets above make: output/ also has the trainings of whoever works here.
 clean:
-	rm -rf $(VENV) output site datasets/balanced_shapes
+	rm -rf $(VENV) $(DEMO_OUTPUT) site datasets/balanced_shapes

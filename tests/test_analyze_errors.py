@@ -1,6 +1,7 @@
 """AP by class and size, the kinds of errors, their picture, and tools/analyze_errors.py."""
 
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -10,6 +11,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog
 from matplotlib.text import Text
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -446,12 +448,13 @@ def test_score_chart(tmp_path):
 def analyze(tmp_path, monkeypatch, capsys):
     """Run the tool in this process on data or file contents; return exit code, output, errors."""
 
-    def run(predictions, annotations, *arguments):
+    def run(predictions, annotations, *arguments, truth="gt.json"):
         for name, content in (("dt.json", predictions), ("gt.json", annotations)):
             if content is not None:
                 text = content if isinstance(content, str) else json.dumps(content)
                 (tmp_path / name).write_text(text)
-        paths = [str(tmp_path / "dt.json"), str(tmp_path / "gt.json")]
+        path = str(tmp_path / truth) if truth.endswith(".json") else truth
+        paths = [str(tmp_path / "dt.json"), path]
         monkeypatch.setattr(sys, "argv", ["analyze_errors.py", *paths, *map(str, arguments)])
         tool = load_tool("analyze_errors")
         exit_code = report_user_errors(tool.main, tool.parse_args())
@@ -498,6 +501,20 @@ def test_tool_with_nothing_detected(analyze, tmp_path):
     exit_code, out, _ = analyze([], scene([(1, CAT, OBJECT)]))
     assert exit_code == 0 and "AP50 is 0.0 %" in out and "nan" not in out.lower()
     assert (tmp_path / "errors.png").is_file()  # beside the predictions
+
+
+def test_ground_truth_of_a_registered_dataset(analyze, tmp_path, monkeypatch):
+    monkeypatch.setattr(DatasetCatalog, "data", copy.copy(DatasetCatalog.data))  # undone afterwards
+    cv2.imwrite(str(tmp_path / "1.png"), np.zeros((480, 640, 3), np.uint8))
+    table = tmp_path / "boxes.csv"
+    table.write_text("filename,xmin,ymin,xmax,ymax,class\n1.png,100,100,200,200,cat\n")
+    register = ("--register", "analysed", table)
+    exit_code, out, err = analyze(detect(TRUE), None, *register, truth="analysed")
+    assert (exit_code, err) == (0, "") and "AP50 is 100.0 %" in out and "  cat " in out
+    exit_code, _, err = analyze(detect(TRUE), None, truth="analised")
+    assert exit_code == 2 and "data set 'analised' is not registered" in err
+    exit_code, _, err = analyze(detect(TRUE), None, truth="voc_2007_val")
+    assert exit_code == 2 and "no annotation file in COCO's format" in err
 
 
 GOOD = scene([(1, CAT, OBJECT)])

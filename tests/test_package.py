@@ -252,3 +252,14 @@ def test_every_command_and_script_is_one_program():
     for command in ALONE.values():
         script = ROOT / "tools" / Path(command.module).name
         assert f'"balanced_d2/{command.module}"' in script.read_text()
+
+
+def test_clean_keeps_trainings(tmp_path):
+    """docs/install.md and set-up ask for ``make clean setup``."""
+    made = (".venv/bin", "output/demo", "site", "datasets/balanced_shapes/train")
+    kept = ("output/mine", "datasets/mine")
+    for folder in made + kept:
+        (tmp_path / folder).mkdir(parents=True)
+    checked_run("make", "-f", ROOT / "Makefile", "clean", cwd=tmp_path)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {"output", "datasets", *kept}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 # First, so that importing Detectron2 is quiet.
+from balanced_d2.data import add_register_argument, check_registered, register_from
 from balanced_d2.data.checks.coco_file import findings_in
 from balanced_d2.data.checks.records import report
 from balanced_d2.data.datasets.coco_json import read_coco
@@ -20,10 +21,14 @@ from balanced_d2.evaluation.predictions import (
     check_predictions,
     load_predictions,
 )
+from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.files import replacing
 from balanced_d2.visualization.error_chart import draw_error_chart
 from balanced_d2.visualization.figure import place_picture, save_figure
 from balanced_d2.visualization.score_chart import cut_down, draw_score_chart
+
+# isort: split
+from detectron2.data import MetadataCatalog
 
 NONE = "-"
 
@@ -31,7 +36,8 @@ NONE = "-"
 def main(args: argparse.Namespace) -> None:
     folder = args.output or os.path.dirname(args.predictions) or "."
     picture = place_picture(None, folder, "errors.png")
-    annotations = load_annotations(args.annotations)
+    register_from(args)
+    annotations = load_annotations(annotation_file(args.annotations))
     predictions = load_predictions(args.predictions)
     check_predictions(
         predictions,
@@ -62,6 +68,22 @@ def main(args: argparse.Namespace) -> None:
     save_figure(draw_error_chart(analysis, title), picture)
     save_figure(draw_score_chart(analysis.curves, title), os.path.join(folder, "scores.png"))
     print(f"\npicture: {picture}; scores.png and tables: {', '.join(tables)} beside it")
+
+
+def annotation_file(given: str) -> str:
+    """The annotation file that is given, or that of the registered dataset of this name: those of
+    other formats, and the parts of ``--split``, have one, too.
+
+    Raises:
+        UserError: if there is no such dataset, or it has none.
+    """
+    if os.path.isfile(given) or given.lower().endswith(".json"):
+        return given
+    check_registered(given)
+    metadata = MetadataCatalog.get(given)
+    if metadata.get("evaluator_type") != "coco":
+        raise UserError(f"data set {given!r} has no annotation file in COCO's format")
+    return metadata.json_file
 
 
 def load_annotations(path: str) -> Dict:
@@ -129,7 +151,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_predictions_argument(parser)
     parser.add_argument(
-        "annotations", metavar="ANNOTATIONS.json", help="the ground truth, in COCO's format"
+        "annotations",
+        metavar="ANNOTATIONS.json|NAME",
+        help="the ground truth: a file in COCO's format, or a registered dataset",
     )
     parser.add_argument("--output", metavar="DIR", help="default: the folder of the predictions")
     parser.add_argument(
@@ -138,4 +162,5 @@ def parse_args() -> argparse.Namespace:
         default=0.5,
         help="minimum score of a detection to count as an error; AP uses all detections",
     )
+    add_register_argument(parser)
     return parser.parse_args()

