@@ -5,19 +5,34 @@ import re
 import pytest
 import torch
 from detectron2.modeling import build_model
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from balanced_d2 import load_config
+from balanced_d2.checkpoint import BalancedCheckpointer, read_contents, start_from
 from balanced_d2.modeling import (
     BOX_REG_LOSSES,
     CLS_LOSSES,
     NEGATIVE_SAMPLERS,
     POSITIVE_SAMPLERS,
     REFINEMENTS,
+    ClassLoss,
 )
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers an entry until the test ends."""
+
+    def register(registry, entry, name=""):
+        monkeypatch.setattr(registry, "_obj_map", {**registry._obj_map})
+        registry._obj_map.pop(name or entry.__name__, None)
+        return registry.register(entry, name=name)
+
+    return register
 
 
 def recipes():
@@ -155,3 +170,44 @@ def test_registry():
         registry.check("thing")
     with pytest.raises(AssertionError, match="already registered"):
         registry.register(function)
+
+
+class Sigmoids(ClassLoss):
+    """A loss with as many logits as classes, and a tensor of its own in the checkpoint."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.num_logits = num_classes
+        self.register_buffer("counts", torch.zeros(()))
+
+    def count(self, classes):
+        self.counts += len(classes)
+
+    def loss(self, logits, classes):
+        wanted = one_hot(classes, self.num_classes + 1)[:, :-1].to(logits.dtype)
+        return binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)
+
+    def probabilities(self, logits):
+        scores = logits.float().sigmoid() / self.num_classes
+        return torch.cat([scores, 1 - scores.sum(dim=1, keepdim=True)], dim=1)
+
+
+def with_own_class_loss(registered, *options):
+    """The config of a tiny detector of two classes, and the detector."""
+    registered(CLS_LOSSES, Sigmoids)
+    own = ["MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", "Sigmoids", "MODEL.DEVICE", "cpu"]
+    cfg = load_config(str(ROOT / TINY_CONFIG), [*TINY_MODEL, *own, *options])
+    return cfg, build_model(cfg)
+
+
+def test_weights_of_an_own_class_loss_say_their_classes(registered, tmp_path):
+    cfg, model = with_own_class_loss(registered)
+    names = ["bright", "dark"]
+    BalancedCheckpointer(model, str(tmp_path), class_names=names, config=cfg.dump()).save("own")
+    contents = read_contents(str(tmp_path / "own.pth"))
+    assert (contents.num_classes, contents.class_names) == (2, names)
+
+    _, other = with_own_class_loss(registered)
+    start_from(other, str(tmp_path / "own.pth"), names[::-1])
+    theirs, ours = (m.roi_heads.box_predictor.cls_score.weight for m in (model, other))
+    assert torch.equal(ours, theirs.flip(0))

@@ -7,6 +7,7 @@ from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Seq
 
 import detectron2.data.datasets  # noqa: F401  # registers COCO's names
 import torch
+import yaml
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
@@ -80,14 +81,18 @@ class Adapted:
     message: str = ""
 
 
-def num_classes(state: State) -> Optional[int]:
-    """How many classes a detector tells apart, by the shapes of its tensors; None if it has none.
+def num_classes(state: State, config: str = "") -> Optional[int]:
+    """How many classes a detector tells apart; None if it has none.
 
     Args:
         state: of Detectron2's R-CNNs, cascades or RetinaNet.
+        config: of its training, as text, which says it. If it is not known, the shapes of the
+            tensors do, but for classification losses of others, which may have any number of rows.
     """
     for predictor in ("box_predictor", "box_predictor.0"):
         scores = state.get(f"roi_heads.{predictor}.cls_score.weight")
+        if scores is not None and config:
+            return yaml.safe_load(config)["MODEL"]["ROI_HEADS"]["NUM_CLASSES"]
         counts = state.get(f"roi_heads.{predictor}{_COUNTS}")
         if counts is not None:  # of Seesaw loss, which may have more rows of scores
             return len(counts) - 1
@@ -134,6 +139,8 @@ def adapt_classes(
     model: State,
     their_names: Optional[Sequence[str]],
     our_names: Optional[Sequence[str]],
+    theirs: Optional[int] = None,
+    ours: Optional[int] = None,
 ) -> Adapted:
     """Match the rows of classes by name.
 
@@ -145,13 +152,15 @@ def adapt_classes(
         model: as it was initialised.
         their_names: of the checkpoint's classes, if known.
         our_names: of the model's, if known.
+        theirs, ours: the numbers of classes; by default those that the tensors have.
     """
     modules: Dict[str, List[str]] = {}
     for key in weights:
         module = key.rpartition(".")[0]
         if key in model and _OF_CLASSES.fullmatch(module):
             modules.setdefault(module, []).append(key)
-    theirs, ours = num_classes(weights), num_classes(model)
+    theirs = num_classes(weights) if theirs is None else theirs
+    ours = num_classes(model) if ours is None else ours
     if not modules or theirs is None or ours is None:
         return Adapted()
     # Names of another number are those of something else.
