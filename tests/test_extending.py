@@ -9,6 +9,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from balanced_d2 import load_config
 from balanced_d2.checkpoint import BalancedCheckpointer, read_contents, start_from
+from balanced_d2.commands import train
+from balanced_d2.config import CONFIG_KEYS
+from balanced_d2.engine import BalancedTrainer, argument_parser
 from balanced_d2.modeling import (
     BOX_REG_LOSSES,
     CLS_LOSSES,
@@ -20,17 +23,16 @@ from balanced_d2.modeling import (
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
-from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, logged, run_program
+from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, cleaned_up, logged, run_program
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    """Registers an entry until the test ends."""
+    """Registers an entry, or what else the test registers there, until the test ends."""
 
     def register(registry, entry, name=""):
         monkeypatch.setattr(registry, "_obj_map", {**registry._obj_map})
-        registry._obj_map.pop(name or entry.__name__, None)
-        return registry.register(entry, name=name)
+        return entry and registry.register(entry, name=name)
 
     return register
 
@@ -63,11 +65,11 @@ REFINEMENTS.register(witness("Depthwise"), name="depthwise_seen")
 def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
     *entries, program, _ = recipes()
     (tmp_path / "my_balances.py").write_text("".join(entries) + WITNESS)
-    (tmp_path / "my_train_net.py").write_text(program)
+    (tmp_path / "my_program.py").write_text(program)
     names = {"hardest_first": f"hardest_first{suffix}", "squared": f"squared{suffix}"}
     names["Depthwise"] = "depthwise_seen" if suffix else "Depthwise"
     result = run_program(
-        *(tmp_path / "my_train_net.py", "--config-file", TINY_CONFIG),
+        *(tmp_path / "my_program.py", "train", "--config-file", TINY_CONFIG),
         *("--register", "mine", tiny_coco, tiny_coco.parent / "images"),
         *(*TINY_MODEL, "OUTPUT_DIR", tmp_path / "output"),
         *("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"),
@@ -88,22 +90,64 @@ def test_recipes_of_contributing(tiny_coco, tmp_path, suffix):
     assert weights["backbone.balancer.refine.weight"].shape[1] == 1
 
 
+def test_a_sampler_of_contributing_with_a_key_of_its_own(registered):
+    for registry in (CONFIG_KEYS, NEGATIVE_SAMPLERS):
+        registered(registry, None)
+    (recipe,) = (text for text in recipes() if "CONFIG_KEYS.register" in text)
+    exec(recipe, {})
+    own = ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "HarderLikelier", "MODEL.DEVICE", "meta"]
+    counts = []
+    for hardness in (None, "0.0", "1000000.0"):
+        key = ["MODEL.ROI_HEADS.HARDNESS", hardness] if hardness else []
+        cfg = load_config(str(ROOT / TINY_CONFIG), [*TINY_MODEL, *own, *key])
+        with torch.device("meta"):
+            sample = build_model(cfg).roi_heads._sample_negatives
+        assert sample.hardness == float(hardness or 4)
+        indices = sample(torch.linspace(0, 0.5, 2000), 1000)
+        assert len(indices.unique()) == 1000
+        counts.append((indices >= 1000).sum().item())
+    likelier, at_random, hardest = counts
+    assert abs(at_random - 500) < 60 < likelier - 500 and hardest == 1000
+
+
 @pytest.mark.slow
 def test_trainer_of_contributing(tiny_coco, tmp_path):
     """One class from data of two."""
-    *_, program, main = recipes()
-    imports = "import sys\nfrom balanced_d2.engine import argument_parser, run\n"
-    ending = program[program.index("if __name__") :]
-    (tmp_path / "one_class.py").write_text(imports + main + ending)
-    result = run_program(
+    (tmp_path / "one_class.py").write_text(recipes()[-1])
+    arguments = [
         *(tmp_path / "one_class.py", "--config-file", TINY_CONFIG, "--skip-data-check"),
         *("--register", "mine", tiny_coco, tiny_coco.parent / "images"),
         *(*TINY_MODEL, "OUTPUT_DIR", tmp_path / "output", "MODEL.ROI_HEADS.NUM_CLASSES", "1"),
         *("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"),
-        env={"PYTHONPATH": str(ROOT)},
-    )
+    ]
+    result = run_program(*arguments, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     assert logged(tmp_path / "output")[-1]["iteration"] == 1
+
+
+def test_a_trainer_of_others_evaluates(tiny_coco, tmp_path, monkeypatch):
+    """With --eval-only nothing is trained."""
+
+    class Trainer(BalancedTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return torch.nn.Linear(1, 1)
+
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP": 7.0}}
+
+    torch.save({"model": torch.nn.Linear(1, 1).state_dict()}, tmp_path / "weights.pth")
+    arguments = argument_parser().parse_args(
+        [
+            *("--eval-only", "--config-file", str(ROOT / TINY_CONFIG)),
+            *("--register", "evaluated", str(tiny_coco), str(tiny_coco.parent / "images")),
+            *(*TINY_MODEL, "OUTPUT_DIR", str(tmp_path / "output")),
+            *("DATASETS.TEST", "('evaluated',)", "MODEL.WEIGHTS", str(tmp_path / "weights.pth")),
+        ]
+    )
+    with cleaned_up():
+        assert train.main(arguments, trainer_class=Trainer) == {"bbox": {"AP": 7.0}}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +210,15 @@ def test_registry():
     thing = registry.build("with_parameters", {"SIZE": 3}, known=7)
     assert (thing.size, thing.known) == (3, 7)
     registry.check("theirs")
-    with pytest.raises(UserError, match="MODEL.THING: .*'thing'.*theirs, function, with_para"):
+
+    @registry.register()
+    class Plain:
+        pass
+
+    assert isinstance(registry.build("Plain", None), Plain)
+    with pytest.raises(AssertionError, match="MODEL.THING 'theirs' is Detectron2's own"):
+        registry.register(function, name="theirs")
+    with pytest.raises(UserError, match="MODEL.THING: .*'thing'.*theirs, function, with.*Plain"):
         registry.check("thing")
     with pytest.raises(AssertionError, match="already registered"):
         registry.register(function)
@@ -194,7 +246,8 @@ class Sigmoids(ClassLoss):
 
 def with_own_class_loss(registered, *options):
     """The config of a tiny detector of two classes, and the detector."""
-    registered(CLS_LOSSES, Sigmoids)
+    if "Sigmoids" not in CLS_LOSSES:
+        registered(CLS_LOSSES, Sigmoids)
     own = ["MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", "Sigmoids", "MODEL.DEVICE", "cpu"]
     cfg = load_config(str(ROOT / TINY_CONFIG), [*TINY_MODEL, *own, *options])
     return cfg, build_model(cfg)
