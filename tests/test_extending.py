@@ -5,6 +5,9 @@ import re
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from balanced_d2 import load_config
@@ -18,12 +21,17 @@ from balanced_d2.modeling import (
     NEGATIVE_SAMPLERS,
     POSITIVE_SAMPLERS,
     REFINEMENTS,
+    BalancedBoxLossMixin,
+    BalancedSamplingMixin,
     ClassLoss,
+    check_balanced,
 )
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
 from .conftest import ROOT, TINY_CONFIG, TINY_MODEL, cleaned_up, logged, run_program
+from .test_architectures import retinanet
+from .test_roi_heads import ground_truth, heads, predictor, shifted_proposals
 
 
 @pytest.fixture
@@ -264,3 +272,132 @@ def test_weights_of_an_own_class_loss_say_their_classes(registered, tmp_path):
     start_from(other, str(tmp_path / "own.pth"), names[::-1])
     theirs, ours = (m.roi_heads.box_predictor.cls_score.weight for m in (model, other))
     assert torch.equal(ours, theirs.flip(0))
+
+
+# What entries of others do wrong
+
+
+def mistaken(name, value):
+    """A loss or sampler of that name, which returns something else than it has to."""
+
+    def entry(*arguments):
+        return value(*arguments)
+
+    entry.__name__ = name
+    return entry
+
+
+def assert_refused(roi_heads, message, **fields):
+    proposals = shifted_proposals()
+    for name, value in fields.items():
+        proposals.set(name, value)
+    with pytest.raises(UserError, match=f"the sampler mine returned {message}"), EventStorage():
+        roi_heads.label_and_sample_proposals([proposals], [ground_truth()])
+
+
+@pytest.mark.parametrize(
+    "sampler, got",
+    [
+        (lambda ious, number: ious.argsort(), r"torch.int64 of shape \(\d{3},\).* at most 45"),
+        (lambda ious, number: ious > 0.1, r"torch.bool of shape \(\d{3},\)"),
+        (lambda ious, number: ious.topk(1).values, r"torch.float32 of shape \(1,\)"),
+        (lambda ious, number: ious.topk(1), "topk"),
+        (lambda ious, number: ious.topk(9).indices[:, None], r"torch.int64 of shape \(9, 1\)"),
+    ],
+)
+def test_what_samplers_have_to_return(sampler, got):
+    assert_refused(heads(negative_sampler=mistaken("mine", sampler)), got)
+
+
+def test_what_other_samplers_have_to_return(monkeypatch):
+    everything = mistaken("mine", lambda candidates, *others: torch.arange(len(candidates)))
+    assert_refused(heads(positive_sampler=everything), ".* at most 15")
+    everything.needs_losses = True
+    monkeypatch.setattr(BalancedSamplingMixin, "offers_losses", True)
+    assert_refused(heads(negative_sampler=everything), ".* at most 60", losses=torch.ones(400))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_box_losses_must_not_be_reduced(number):
+    """Of no boxes, the mean would be NaN."""
+    mean = mistaken("mean", lambda deltas, targets: (deltas - targets).abs().mean())
+    message = rf"the regression loss mean returned the shape \(\) .* of {number} boxes"
+    layers = predictor(box_reg_loss=mean)
+    boxes = torch.tensor([[0.0, 0, 10, 10]] * 5)
+    classes = torch.tensor([1] * number + [3] * (5 - number))
+    with pytest.raises(UserError, match=message):
+        layers.box_reg_loss(boxes, boxes, torch.randn(5, 12), classes)
+    proposals = Instances((20, 20), proposal_boxes=Boxes(boxes), gt_boxes=Boxes(boxes))
+    proposals.gt_classes = classes
+    with pytest.raises(UserError, match=message):
+        layers.proposal_losses((torch.randn(5, 4), torch.randn(5, 12)), [proposals])
+    model = retinanet()
+    model.regression_loss = mean
+    classes[number:] = 80
+    with pytest.raises(UserError, match=message), EventStorage():
+        model.losses(
+            [Boxes(boxes)],
+            [torch.randn(1, 5, 80)],
+            [classes],
+            [torch.randn(1, 5, 4)],
+            [boxes],
+        )
+
+
+@pytest.mark.parametrize(
+    "method, result, message",
+    [
+        ("loss", lambda logits: logits.mean(), r"loss\(\) .* Own .* \(\) for 2 .* \(2,\) is"),
+        ("loss", lambda logits: logits, r"loss\(\) .* \(2, 3\) for 2 proposals; \(2,\) is"),
+        ("probabilities", lambda logits: logits, r"probabilities\(\) .* \(2, 3\) .* \(2, 4\) is"),
+    ],
+)
+def test_what_class_losses_have_to_return(method, result, message):
+    class Own(Sigmoids):
+        pass
+
+    setattr(Own, method, lambda self, logits, *classes: result(logits))
+    layers = predictor(cls_loss=Own(3))
+    boxes = Boxes(torch.tensor([[0.0, 0, 10, 10]] * 2))
+    proposals = Instances((20, 20), proposal_boxes=boxes, gt_boxes=boxes)
+    proposals.gt_classes = torch.tensor([0, 3])
+    predictions = torch.randn(2, 3), torch.randn(2, 12)
+    with pytest.raises(UserError, match=message), EventStorage():
+        layers.losses(predictions, [proposals])
+    if method == "loss":
+        with pytest.raises(UserError, match=message):
+            layers.proposal_losses(predictions, [proposals])
+
+
+def test_a_mixin_that_would_be_ignored():
+    with pytest.raises(TypeError, match="Heads would ignore BalancedSamplingMixin.*from ROIHeads"):
+
+        class Heads(StandardROIHeads, BalancedSamplingMixin):
+            pass
+
+    with pytest.raises(TypeError, match="Boxes would ignore BalancedBoxLossMixin"):
+
+        class Boxes(CascadeROIHeads, BalancedBoxLossMixin):
+            pass
+
+
+class SamplingHeads(BalancedSamplingMixin, StandardROIHeads):
+    """Heads of others, with one of the mixins."""
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("BBOX_REG_LOSS_TYPE", "balanced_l1"), ("CANONICAL_BOX_SIZE", 96), ("CANONICAL_LEVEL", 3)],
+)
+def test_heads_of_others_that_ignore_a_key(key, value, registered):
+    registered(ROI_HEADS_REGISTRY, None)
+    ROI_HEADS_REGISTRY.register(SamplingHeads)
+    plain = ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1", "MODEL.DEVICE", "meta"]
+    options = [*TINY_MODEL, *plain, "MODEL.ROI_HEADS.NAME", "SamplingHeads"]
+    cfg = load_config(str(ROOT / TINY_CONFIG), options)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    check_balanced(cfg, model)
+    cfg.MODEL.ROI_BOX_HEAD[key] = value
+    with pytest.raises(UserError, match=rf"{key} is '?{value}.*SamplingHeads does not know"):
+        check_balanced(cfg, model)

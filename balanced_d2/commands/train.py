@@ -9,13 +9,7 @@ from typing import Optional, Type
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import BalancedCheckpointer
-from balanced_d2.engine import (
-    BalancedTrainer,
-    argument_parser,
-    dry_run,
-    setup,
-    trainer_for,
-)
+from balanced_d2.engine import BalancedTrainer, argument_parser, dry_run, setup, trainer_for
 
 # isort: split
 from detectron2.evaluation import verify_results
