@@ -260,12 +260,25 @@ def test_another_backbone(registered_bottom_up, builder, levels, in_features):
     sum(x.sum() for x in features.values()).backward()
 
 
+@pytest.mark.parametrize("pyramid", ["", "retinanet_"])
+def test_features_that_another_backbone_does_not_have(registered_bottom_up, pyramid):
+    builder = f"build_balanced_{pyramid}fpn_backbone"
+    options = ["MODEL.BACKBONE.NAME", builder, "MODEL.FPN.IN_FEATURES", "['s1', 'res3', 'res4']"]
+    options += ["MODEL.BALANCED_FPN.BOTTOM_UP", registered_bottom_up]
+    cfg = load_config("configs/Base-RCNN-FPN.yaml", options)
+    message = "IN_FEATURES: .* RegNet, has no res3, res4; it has s1, s2, s3, s4"
+    with pytest.raises(UserError, match=message):
+        BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3))
+
+
 def test_unknown_bottom_up():
-    cfg = load_config(
-        "configs/Base-RCNN-FPN.yaml",
-        ["MODEL.BALANCED_FPN.BOTTOM_UP", "build_regnet", "MODEL.DEVICE", "cpu"],
-    )
-    with pytest.raises(UserError, match="MODEL.BALANCED_FPN.BOTTOM_UP: there is no .*build_regnet"):
+    key, name = "MODEL.BALANCED_FPN.BOTTOM_UP", "build_regnet"
+    message = f"{key}: there is no .*{name}"
+    with pytest.raises(UserError, match=message):
+        load_config("configs/Base-RCNN-FPN.yaml", [key, name])
+    cfg = load_config("configs/Base-RCNN-FPN.yaml")
+    cfg.MODEL.BALANCED_FPN.BOTTOM_UP = name
+    with pytest.raises(UserError, match=message):
         BACKBONE_REGISTRY.get("build_balanced_fpn_backbone")(cfg, ShapeSpec(channels=3))
 
 
@@ -358,7 +371,7 @@ def test_wrong_options_of_a_lazy_config(opts, message):
     [
         (None, "there is no file|cannot read"),
         ("model = {", "SyntaxError"),
-        ("model = undefined", "NameError: name 'undefined'"),
+        ("\nmodel = undefined", r"NameError: name 'undefined'.* \(.*config.py, line 2\)"),
         ("model = {}", "defines no dataloader and no optimizer"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.modeling import FeatureBalancer, NonLocal2d
@@ -221,11 +222,29 @@ def test_attention_matrix_is_not_materialised(training):
     [
         ({"refine_type": "nonlocal"}, "nonlocal"),
         ({"refine_level": -1}, "REFINE_LEVEL"),
+        ({"refine_type": nn.Identity}, "refine_type is .*Identity.*; give its name, or a module"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         FeatureBalancer(4, **arguments)
+
+
+@pytest.mark.parametrize(
+    "refinement, shape",
+    [
+        (nn.Conv2d(4, 1, 1), "(1, 1, 4, 4)"),
+        (nn.AdaptiveAvgPool2d(1), "(1, 4, 1, 1)"),
+        (nn.Conv2d(4, 4, 3), "(1, 4, 2, 2)"),
+    ],
+)
+def test_refinements_keep_the_shape(refinement, shape):
+    """The first two could be added to the levels, as they are."""
+    balancer = FeatureBalancer(4, 1, refinement)
+    with pytest.raises(UserError) as error:
+        balancer([torch.rand(1, 4, 8, 8), torch.rand(1, 4, 4, 4)])
+    assert f"{type(refinement).__name__} " in str(error.value)
+    assert f"makes {shape} of (1, 4, 4, 4)" in str(error.value)
 
 
 def test_refine_level_outside_the_levels():

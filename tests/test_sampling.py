@@ -187,6 +187,8 @@ def test_more_instances_than_samples_are_chosen_at_random():
         (lambda v: sample_iou_balanced(v, 2, iou_range=(0.5, 0.5)), "iou_range"),
         (lambda v: sample_iou_balanced(v, -1), "num_samples"),
         (lambda v: sample_instance_balanced(v.long(), -1), "num_samples"),
+        (lambda v: sample_iou_balanced(v[:, None], 2), r"\(5, 1\), but need a single dimension"),
+        (lambda v: sample_instance_balanced(v[None].long(), 9), "give the largest"),
     ],
 )
 def test_wrong_arguments(call, message):

@@ -216,15 +216,14 @@ def read_contents(path: str) -> Contents:
             with numpy_allowed():
                 content = reader._load_file(local)
         state = content.get("model", content)
-        number = finetune.num_classes(state)
+        config = _config_of(content)
+        number = finetune.num_classes(state, config)
         names = finetune.class_names_of({**content, "model": state}, number)
     except READ_ERRORS as error:
         raise UserError(f"cannot load the checkpoint {path}: {_reason(error)}") from error
     is_of_them = number is None or names is None or len(names) == number
     # Checkpoints of other projects may have something else under these names.
-    config, gray_range, iteration = map(content.get, (CONFIG, GRAY_RANGE, "iteration"))
-    if not isinstance(config, str) or not re.search("^MODEL:", config, re.MULTILINE):
-        config = ""
+    gray_range, iteration = map(content.get, (GRAY_RANGE, "iteration"))
     return Contents(
         names if is_of_them else None,
         number,
@@ -232,6 +231,14 @@ def read_contents(path: str) -> Contents:
         float(gray_range) if isinstance(gray_range, (int, float)) else 0.0,
         iteration if isinstance(iteration, int) else None,
     )
+
+
+def _config_of(content: Dict[str, Any]) -> str:
+    """The config of a checkpoint's training; "" if it has none, or that of another project."""
+    config = content.get(CONFIG)
+    if isinstance(config, str) and re.search("^MODEL:", config, re.MULTILINE):
+        return config
+    return ""
 
 
 def trainer_state(path: str) -> Dict[str, Any]:
@@ -324,11 +331,14 @@ class _StartingCheckpointer(BalancedCheckpointer):
                 )
         weights = checkpoint["model"]
         _strip_prefix_if_present(weights, "module.")
+        number = len(self.class_names) if self.class_names else finetune.num_classes(ours)
         adapted = finetune.adapt_classes(
             weights,
             ours,
-            finetune.class_names_of(checkpoint, finetune.num_classes(ours)),
+            finetune.class_names_of(checkpoint, number),
             self.class_names,
+            finetune.num_classes(weights, _config_of(checkpoint)),
+            number,
         )
         for name in adapted.dropped:
             del weights[name]

@@ -7,6 +7,7 @@ from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Seq
 
 import detectron2.data.datasets  # noqa: F401  # registers COCO's names
 import torch
+import yaml
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
@@ -80,14 +81,20 @@ class Adapted:
     message: str = ""
 
 
-def num_classes(state: State) -> Optional[int]:
-    """How many classes a detector tells apart, by the shapes of its tensors; None if it has none.
+def num_classes(state: State, config: str = "") -> Optional[int]:
+    """How many classes a detector tells apart; None if it has none.
 
     Args:
         state: of Detectron2's R-CNNs, cascades or RetinaNet.
+        config: of its training, as text, which says it. If it is not known, the shapes of the
+            tensors do, but not with classification losses of others, which may have any number of
+            rows.
     """
     for predictor in ("box_predictor", "box_predictor.0"):
         scores = state.get(f"roi_heads.{predictor}.cls_score.weight")
+        stated = _num_classes_in(config)
+        if scores is not None and stated is not None:
+            return stated
         counts = state.get(f"roi_heads.{predictor}{_COUNTS}")
         if counts is not None:  # of Seesaw loss, which may have more rows of scores
             return len(counts) - 1
@@ -98,6 +105,13 @@ def num_classes(state: State) -> Optional[int]:
         return None
     num_anchors = len(boxes) // 4
     return len(scores) // num_anchors if num_anchors else None
+
+
+def _num_classes_in(config: str) -> Optional[int]:
+    try:
+        return int(yaml.safe_load(config)["MODEL"]["ROI_HEADS"]["NUM_CLASSES"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):  # none, or that of another project
+        return None
 
 
 def class_names_of(checkpoint: Mapping[str, Any], num_ours: Optional[int]) -> Optional[List[str]]:
@@ -134,6 +148,8 @@ def adapt_classes(
     model: State,
     their_names: Optional[Sequence[str]],
     our_names: Optional[Sequence[str]],
+    theirs: Optional[int] = None,
+    ours: Optional[int] = None,
 ) -> Adapted:
     """Match the rows of classes by name.
 
@@ -145,13 +161,15 @@ def adapt_classes(
         model: as it was initialised.
         their_names: of the checkpoint's classes, if known.
         our_names: of the model's, if known.
+        theirs, ours: the numbers of classes; by default those that the tensors have.
     """
     modules: Dict[str, List[str]] = {}
     for key in weights:
         module = key.rpartition(".")[0]
         if key in model and _OF_CLASSES.fullmatch(module):
             modules.setdefault(module, []).append(key)
-    theirs, ours = num_classes(weights), num_classes(model)
+    theirs = num_classes(weights) if theirs is None else theirs
+    ours = num_classes(model) if ours is None else ours
     if not modules or theirs is None or ours is None:
         return Adapted()
     # Names of another number are those of something else.

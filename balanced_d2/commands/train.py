@@ -5,19 +5,25 @@ in the formats COCO JSON, YOLO, Pascal VOC XML, CSV and VIA.
 """
 
 import argparse
+from typing import Optional, Type
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.checkpoint import BalancedCheckpointer
-from balanced_d2.engine import argument_parser, dry_run, setup, trainer_for
+from balanced_d2.engine import BalancedTrainer, argument_parser, dry_run, setup, trainer_for
 
 # isort: split
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 
-def main(args: argparse.Namespace):
+def main(args: argparse.Namespace, trainer_class: Optional[Type[BalancedTrainer]] = None):
+    """
+    Args:
+        args: as :func:`parse_args` returns them.
+        trainer_class: by default that of the config.
+    """
     cfg = setup(args)
-    trainer_class = trainer_for(cfg)
+    trainer_class = trainer_class or trainer_for(cfg)
 
     if args.eval_only:
         model = trainer_class.build_model(cfg)

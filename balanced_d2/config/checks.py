@@ -30,6 +30,7 @@ from balanced_d2.layers.class_losses import CLS_LOSSES, CROSS_ENTROPY, WITHOUT_W
 from balanced_d2.layers.feature_balancer import REFINEMENTS
 from balanced_d2.layers.sampling import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
 from balanced_d2.modeling.balanced_sampling import check_together
+from balanced_d2.modeling.roi_heads import CANONICAL
 from balanced_d2.utils.compat import LR_SCHEDULERS, has_sigmoid_scores
 from balanced_d2.utils.errors import UserError, check_choice, check_package
 
@@ -40,6 +41,7 @@ REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.BALANCED_FPN.BOTTOM_UP": BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
@@ -250,7 +252,7 @@ def _set_for_heads(cfg: CfgNode) -> Iterator[Tuple[str, object]]:
         yield "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", box_head.BBOX_REG_LOSS_TYPE
     if box_head.CLS_LOSS_TYPE != CROSS_ENTROPY:
         yield "MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE", box_head.CLS_LOSS_TYPE
-    for key, default in (("CANONICAL_BOX_SIZE", 224), ("CANONICAL_LEVEL", 4)):
+    for key, default in CANONICAL.items():
         if box_head[key] != default:
             yield f"MODEL.ROI_BOX_HEAD.{key}", box_head[key]
 

@@ -1,6 +1,11 @@
 """All config keys of the project, with their meaning."""
 
 from detectron2.config import CfgNode as CN
+from fvcore.common.registry import Registry
+
+CONFIG_KEYS = Registry("CONFIG_KEYS")
+"""Functions of others that add keys to a config. They are called after :func:`add_balanced_config`
+wherever a config is loaded."""
 
 
 def add_balanced_config(cfg: CN) -> None:

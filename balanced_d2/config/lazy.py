@@ -1,5 +1,6 @@
 """LazyConfig files: loading with errors that name the key, and the values the trainer reads."""
 
+import traceback
 from typing import ContextManager, FrozenSet, List, Sequence
 
 from detectron2.config import CfgNode, LazyConfig
@@ -156,4 +157,7 @@ def _mistakes_in(source: str) -> ContextManager[None]:
 def _explain(error: Exception) -> str:
     if isinstance(error, OmegaConfBaseException):
         return str(error).splitlines()[0]
-    return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"
+    # Of the config, or of a module that it imports.
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text

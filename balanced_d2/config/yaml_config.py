@@ -9,7 +9,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from balanced_d2.config.checks import check_names
-from balanced_d2.config.defaults import add_balanced_config
+from balanced_d2.config.defaults import CONFIG_KEYS, add_balanced_config
 from balanced_d2.config.pixels import complete_pixels
 from balanced_d2.utils.errors import UserError, raise_user_errors
 
@@ -18,13 +18,16 @@ MISTAKES = (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CN:
-    """Load Detectron2's and this project's defaults, a YAML file, and then ``KEY VALUE`` pairs.
+    """Load the defaults of Detectron2, this project and ``CONFIG_KEYS``, a YAML file, and then
+    ``KEY VALUE`` pairs.
 
     Raises:
         UserError: naming the file or key that is wrong.
     """
     cfg = get_cfg()
     add_balanced_config(cfg)
+    for _, add_keys in CONFIG_KEYS:
+        add_keys(cfg)
 
     def explain(error: Exception) -> str:
         return _explain(error, cfg)

@@ -4,6 +4,7 @@ from typing import Any, Callable, Optional
 
 import torch
 
+from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.registry import Registry
 
 BoxRegLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -16,7 +17,7 @@ BOX_REG_LOSSES = Registry(
     "BBOX_REG_LOSS_TYPE (of MODEL.ROI_BOX_HEAD or MODEL.RETINANET)",
     DETECTRON2_LOSSES,
 )
-"""Regression losses of boxes: each a ``BoxRegLoss``, or a class of such with ``from_config``."""
+"""Regression losses of boxes: each a ``BoxRegLoss``, or a class of such."""
 
 
 def build_box_reg_loss(node: Any) -> Optional[BoxRegLoss]:
@@ -28,3 +29,19 @@ def build_box_reg_loss(node: Any) -> Optional[BoxRegLoss]:
     name = node.BBOX_REG_LOSS_TYPE
     BOX_REG_LOSSES.check(name)
     return None if name in DETECTRON2_LOSSES else BOX_REG_LOSSES.build(name, node)
+
+
+def box_reg_losses(loss: BoxRegLoss, deltas: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """``loss(deltas, targets)``.
+
+    Raises:
+        UserError: if it is reduced.
+    """
+    losses = loss(deltas, targets)
+    if losses.shape[:1] != deltas.shape[:1]:
+        raise UserError(
+            f"the regression loss {getattr(loss, '__name__', type(loss).__name__)} returned the "
+            f"shape {tuple(losses.shape)} for the deltas of {len(deltas)} boxes; it must not be "
+            f"reduced: ({len(deltas)}, 4) or ({len(deltas)},) is needed"
+        )
+    return losses

@@ -29,7 +29,8 @@ class ClassLoss(nn.Module):
         num_classes: K.
 
     Attributes:
-        num_logits: how many the head predicts for each proposal; here K + 1.
+        num_logits: how many the head predicts for each proposal; here K + 1. The first K are taken
+            for those of the classes where weights begin with those of another detector.
     """
 
     needs_counts = False

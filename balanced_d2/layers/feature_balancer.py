@@ -54,7 +54,8 @@ class FeatureBalancer(nn.Module):
             detector fit at once.
 
     Raises:
-        UserError: on an unknown ``refine_type`` or a negative ``refine_level``.
+        UserError: on an unknown ``refine_type``, one that is no module or a negative
+            ``refine_level``.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class FeatureBalancer(nn.Module):
         if isinstance(refine_type, str):
             REFINEMENTS.check(refine_type)
             self.refine = REFINEMENTS.get(refine_type)(in_channels)
-        else:
+        elif isinstance(refine_type, nn.Module):
             self.refine = refine_type
+        else:
+            raise UserError(f"refine_type is {refine_type!r}; give its name, or a module")
         self.scale = nn.Parameter(torch.zeros(in_channels, 1, 1)) if zero_init else None
 
     def check_levels(self, num_levels: int) -> None:
@@ -96,14 +99,21 @@ class FeatureBalancer(nn.Module):
             The balanced levels, of the same shapes.
 
         Raises:
-            UserError: if there is no level ``refine_level``.
+            UserError: if there is no level ``refine_level``, or, in training mode, if the
+                refinement changes the shape.
         """
         self.check_levels(len(features))
         level = self.refine_level
         finer, refined, coarser = features[:level], features[level], features[level + 1 :]
         gathered = [adaptive_max_pool(x, refined) for x in finer]
         gathered += [refined, *(nearest(x, refined) for x in coarser)]
-        balanced = self.refine(sum(gathered[1:], gathered[0]) / len(features))
+        mean = sum(gathered[1:], gathered[0]) / len(features)
+        balanced = self.refine(mean)
+        if self.training and balanced.shape != mean.shape:  # which the sums might still take
+            raise UserError(
+                f"the refinement {type(self.refine).__name__} (MODEL.BALANCED_FPN.REFINE_TYPE) "
+                f"makes {tuple(balanced.shape)} of {tuple(mean.shape)}; it has to keep the shape"
+            )
         if self.scale is not None:
             balanced = balanced * self.scale
         return [

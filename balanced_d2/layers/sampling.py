@@ -49,8 +49,13 @@ def sample_evenly(groups: torch.Tensor, num_groups: int, num_samples: int) -> to
         particular order, on the device of ``groups``.
 
     Raises:
-        UserError: if ``num_samples`` is negative.
+        UserError: if ``num_samples`` is negative, or ``groups`` has another number of dimensions.
     """
+    if groups.dim() != 1:
+        raise UserError(
+            f"the candidates have the shape {tuple(groups.shape)}, but need a single dimension: of "
+            "IoUs with several boxes, give the largest of each candidate"
+        )
     if num_samples < 0:
         raise UserError(f"num_samples is {num_samples}; it cannot be negative")
     if len(groups) <= num_samples:

@@ -29,11 +29,23 @@ def _build_fpn(cfg, bottom_up: Backbone, top_block: nn.Module) -> FPN:
     )
 
 
+def _check_features(cfg, bottom_up: Backbone) -> None:
+    features = list(bottom_up.output_shape())
+    missing = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in features]
+    if missing:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES: the backbone below the pyramid, {type(bottom_up).__name__}, "
+            f"has no {', '.join(missing)}; it has {', '.join(features)}"
+        )
+
+
 def _build_p2_to_p6(cfg, bottom_up: Backbone) -> FPN:
+    _check_features(cfg, bottom_up)
     return _build_fpn(cfg, bottom_up, LastLevelMaxPool())
 
 
 def _build_p3_to_p7(cfg, bottom_up: Backbone) -> FPN:
+    _check_features(cfg, bottom_up)
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
     if cfg.MODEL.BALANCED_FPN.P6_FROM_P5:
         read, channels = "p5", out_channels

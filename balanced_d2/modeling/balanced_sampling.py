@@ -1,12 +1,13 @@
 """Balanced sampling of proposals (Libra R-CNN, section 3.1) for Detectron2's RoI heads."""
 
-from typing import TYPE_CHECKING, Callable, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Tuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.layers import nonzero_tuple
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 
@@ -20,6 +21,7 @@ from balanced_d2.layers.sampling import (
     sample_random,
 )
 from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.mix_in import check_order
 
 # On a GPU, every how many iterations the counts are logged: as often as Detectron2 writes its log.
 COUNT_PERIOD = 20
@@ -47,7 +49,12 @@ class BalancedSamplingMixin(_Mixin):
     Raises:
         UserError: on a sampler that is none, or ``num_bins`` below 1; on a negative sampler that
             needs losses if the heads do not offer them or there is a positive sampler, too.
+        TypeError: when a class is defined that has it after the one that it is mixed into.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        check_order(cls, BalancedSamplingMixin, ROIHeads)
 
     @configurable
     def __init__(
@@ -187,9 +194,9 @@ class BalancedSamplingMixin(_Mixin):
         (fg,) = nonzero_tuple(labels == 1)
         (bg,) = nonzero_tuple(labels == 0)
         max_fg = int(self.batch_size_per_image * self.positive_fraction)
-        chosen_fg = fg[self._sample_positives(matched[fg], max_fg)]
+        chosen_fg = fg[_sample(self._sample_positives, matched[fg], num_samples=max_fg)]
         num_negatives = self.batch_size_per_image - len(chosen_fg)
-        return chosen_fg, bg[self._sample_negatives(ious[bg], num_negatives)]
+        return chosen_fg, bg[_sample(self._sample_negatives, ious[bg], num_samples=num_negatives)]
 
     def _sample_by_loss(
         self, proposals: Instances, labels: torch.Tensor
@@ -197,7 +204,8 @@ class BalancedSamplingMixin(_Mixin):
         """The same for a sampler that chooses both together, of proposals with ``losses``."""
         (candidates,) = nonzero_tuple(labels >= 0)
         losses, boxes = proposals.losses[candidates], proposals.proposal_boxes.tensor[candidates]
-        chosen = candidates[self._sample_negatives(losses, boxes, self.batch_size_per_image)]
+        number = self.batch_size_per_image
+        chosen = candidates[_sample(self._sample_negatives, losses, boxes, num_samples=number)]
         is_fg = labels[chosen] == 1
         return chosen[is_fg], chosen[~is_fg]
 
@@ -247,6 +255,28 @@ class BalancedSamplingMixin(_Mixin):
         for k, (num_sampled, num_available) in enumerate(means.t().tolist()):
             storage.put_scalar(f"roi_head/num_neg_bin{k}", num_sampled)
             storage.put_scalar(f"roi_head/num_neg_bin{k}_available", num_available)
+
+
+def _sample(
+    sampler: Callable[..., torch.Tensor], *candidates: torch.Tensor, num_samples: int
+) -> torch.Tensor:
+    """Indices of the candidates that a sampler chooses.
+
+    Raises:
+        UserError: if it returns something else, or more of them than it was asked for.
+    """
+    indices: Any = sampler(*candidates, num_samples)
+    most = min(num_samples, len(candidates[0]))
+    is_index = isinstance(indices, torch.Tensor) and indices.dtype == torch.long
+    if not is_index or indices.dim() != 1 or len(indices) > most:
+        got = type(indices).__name__
+        if isinstance(indices, torch.Tensor):
+            got = f"{indices.dtype} of shape {tuple(indices.shape)}"
+        raise UserError(
+            f"the sampler {getattr(sampler, '__name__', type(sampler).__name__)} returned {got}; "
+            f"it has to return indices, torch.int64 of one dimension, here at most {most}"
+        )
+    return indices
 
 
 def negative_iou_range(matcher: Matcher) -> Tuple[float, float]:

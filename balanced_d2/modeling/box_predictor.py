@@ -1,6 +1,6 @@
 """Box predictor of Fast R-CNN heads with any registered classification and regression loss."""
 
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import nn
 from torch.nn import functional as F
 
-from balanced_d2.layers.box_losses import BoxRegLoss, build_box_reg_loss
+from balanced_d2.layers.box_losses import BoxRegLoss, box_reg_losses, build_box_reg_loss
 from balanced_d2.layers.class_counts import GROUPS, class_groups
 from balanced_d2.layers.class_losses import ClassLoss, build_class_loss, check_counts
 from balanced_d2.utils.compat import has_sigmoid_scores
@@ -119,6 +119,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
 
         Returns:
             ``loss_cls`` and ``loss_box_reg``, each the sum over proposals divided by R.
+
+        Raises:
+            UserError: if ``cls_loss`` or ``box_reg_loss`` returns another shape than it has to.
         """
         scores, deltas = predictions
         if self.classification_loss is None:
@@ -127,6 +130,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             return super().losses(predictions, proposals)
         classes = cat([p.gt_classes for p in proposals])
         probabilities = self.probabilities(scores.detach())
+        wanted = (len(classes), self.num_classes + 1)
+        _check_shape("probabilities", self.classification_loss, probabilities, wanted)
         _log_classification_stats(probabilities, classes)
         if self.class_groups is not None:
             _log_groups(self.class_groups, probabilities, proposals)
@@ -134,7 +139,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.classification_loss.count(classes)
         proposal_boxes, gt_boxes = _boxes(proposals)
         losses = {
-            "loss_cls": self.classification_loss.loss(scores, classes).sum() / max(len(classes), 1),
+            "loss_cls": self._class_losses(scores, classes).sum() / max(len(classes), 1),
             "loss_box_reg": self.box_reg_loss(proposal_boxes, gt_boxes, deltas, classes),
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
@@ -162,7 +167,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         if self.classification_loss is None:
             losses = F.cross_entropy(scores.float(), classes, reduction="none")
         else:
-            losses = self.classification_loss.loss(scores, classes).float()
+            losses = self._class_losses(scores, classes).float()
         losses = losses * self.loss_weight.get("loss_cls", 1.0)
         proposal_boxes, gt_boxes = _boxes(proposals)
         foreground = nonzero_tuple((classes >= 0) & (classes < self.num_classes))[0]
@@ -173,6 +178,12 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         )
         of_boxes = of_boxes.float() * self.loss_weight.get("loss_box_reg", 1.0)
         return losses.index_add(0, foreground, of_boxes)
+
+    def _class_losses(self, scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        assert self.classification_loss is not None
+        losses = self.classification_loss.loss(scores, classes)
+        _check_shape("loss", self.classification_loss, losses, (len(classes),))
+        return losses
 
     def _regression_losses(
         self, deltas: torch.Tensor, boxes: torch.Tensor, gt_boxes: torch.Tensor
@@ -185,7 +196,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         if self.regression_loss is None:
             losses = smooth_l1_loss(deltas, targets, self.smooth_l1_beta, reduction="none")
         else:
-            losses = self.regression_loss(deltas, targets)
+            losses = box_reg_losses(self.regression_loss, deltas, targets)
         return losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses
 
     def _foreground_deltas(
@@ -238,8 +249,18 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
         deltas = self._foreground_deltas(pred_deltas, foreground, gt_classes)
         target = self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground])
-        loss = self.regression_loss(deltas, target).sum()
+        loss = box_reg_losses(self.regression_loss, deltas, target).sum()
         return loss / max(gt_classes.numel(), 1)
+
+
+def _check_shape(
+    method: str, cls_loss: ClassLoss, result: torch.Tensor, wanted: Tuple[int, ...]
+) -> None:
+    if result.shape != wanted:
+        raise UserError(
+            f"{method}() of the classification loss {type(cls_loss).__name__} returned the shape "
+            f"{tuple(result.shape)} for {wanted[0]} proposals; {wanted} is needed"
+        )
 
 
 def _boxes(proposals: List[Instances]):

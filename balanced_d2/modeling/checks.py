@@ -4,9 +4,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from balanced_d2.layers import FeatureBalancer
+from balanced_d2.layers.box_losses import DETECTRON2_LOSSES
 from balanced_d2.layers.class_losses import CROSS_ENTROPY
 from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
+from balanced_d2.modeling.roi_heads import CANONICAL, BalancedBoxLossMixin
 from balanced_d2.utils.errors import UserError
 
 
@@ -29,12 +31,23 @@ def check_balanced(cfg: CfgNode, model: nn.Module) -> None:
                 f"MODEL.ROI_HEADS.{key} is {heads[key]!r}, which MODEL.ROI_HEADS.NAME {heads.NAME} "
                 "does not know; derive it from BalancedSamplingMixin, too"
             )
-    loss = cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE
-    if loss != CROSS_ENTROPY and not _any(modules, BalancedFastRCNNOutputLayers):
-        raise UserError(
-            f"MODEL.ROI_BOX_HEAD.CLS_LOSS_TYPE is {loss!r}, which MODEL.ROI_HEADS.NAME "
-            f"{heads.NAME} does not know; give it a BalancedFastRCNNOutputLayers as box predictor"
-        )
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    for key, detectron2s in (
+        ("CLS_LOSS_TYPE", (CROSS_ENTROPY,)),
+        ("BBOX_REG_LOSS_TYPE", DETECTRON2_LOSSES),
+    ):
+        if box_head[key] not in detectron2s and not _any(modules, BalancedFastRCNNOutputLayers):
+            raise UserError(
+                f"MODEL.ROI_BOX_HEAD.{key} is {box_head[key]!r}, which MODEL.ROI_HEADS.NAME "
+                f"{heads.NAME} does not know; derive it from BalancedBoxLossMixin, too, or give "
+                "it a BalancedFastRCNNOutputLayers as box predictor"
+            )
+    for key, default in CANONICAL.items():
+        if box_head[key] != default and not _any(modules, BalancedBoxLossMixin):
+            raise UserError(
+                f"MODEL.ROI_BOX_HEAD.{key} is {box_head[key]}, which MODEL.ROI_HEADS.NAME "
+                f"{heads.NAME} does not know; derive it from BalancedBoxLossMixin, too"
+            )
 
 
 def _any(modules, cls) -> bool:

@@ -8,7 +8,7 @@ from detectron2.layers import cat, nonzero_tuple
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, Instances
 
-from balanced_d2.layers.box_losses import BoxRegLoss, build_box_reg_loss
+from balanced_d2.layers.box_losses import BoxRegLoss, box_reg_losses, build_box_reg_loss
 
 
 @META_ARCH_REGISTRY.register()
@@ -71,7 +71,7 @@ class BalancedRetinaNet(RetinaNet):
             Boxes.cat(anchors).tensor[anchor], torch.stack(gt_boxes)[image, anchor]
         )
         deltas = cat(pred_anchor_deltas, dim=1)[image, anchor]
-        loss = self.regression_loss(deltas, target).sum()
+        loss = box_reg_losses(self.regression_loss, deltas, target).sum()
         return {**losses, "loss_box_reg": loss / self.loss_normalizer}
 
     def _decode_per_level_predictions(self, *args, **kwargs) -> Instances:

@@ -20,6 +20,10 @@ from balanced_d2.layers.class_losses import CROSS_ENTROPY
 from balanced_d2.modeling.balanced_sampling import BalancedSamplingMixin
 from balanced_d2.modeling.box_predictor import BalancedFastRCNNOutputLayers
 from balanced_d2.utils.errors import UserError
+from balanced_d2.utils.mix_in import check_order
+
+# Keys of MODEL.ROI_BOX_HEAD, with the values that Detectron2's own heads have.
+CANONICAL = {"CANONICAL_BOX_SIZE": 224, "CANONICAL_LEVEL": 4}
 
 
 class BalancedBoxLossMixin:
@@ -28,7 +32,14 @@ class BalancedBoxLossMixin:
 
     By config: ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``, ``CLS_LOSS_TYPE``, ``CANONICAL_BOX_SIZE``
     and ``CANONICAL_LEVEL``, the last two for masks and keypoints too.
+
+    Raises:
+        TypeError: when a class is defined that has it after the ``StandardROIHeads``.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        check_order(cls, BalancedBoxLossMixin, StandardROIHeads)
 
     @classmethod
     def _init_mask_head(cls, cfg, input_shape):

@@ -39,11 +39,14 @@ class Registry(_Registry):
             name: the name in configs, by default that of the function or class.
 
         Raises:
-            AssertionError: if the name is already taken.
+            AssertionError: if the name is already taken, be it by Detectron2.
         """
         if obj is None:
             return functools.partial(self.register, name=name)
-        self._do_register(name or obj.__name__, obj)
+        name = name or obj.__name__
+        if name in self.others:  # it would never be built
+            raise AssertionError(f"{self.key} {name!r} is Detectron2's own; choose another name")
+        self._do_register(name, obj)
         return obj
 
     def names(self) -> List[str]:
@@ -60,7 +63,7 @@ class Registry(_Registry):
         """Build the entry that a config names.
 
         A function is returned unchanged. A class is instantiated with the arguments that its
-        ``from_config(node, **given)`` returns.
+        ``from_config(node, **given)`` returns, or, if it does not have that, without any.
 
         Args:
             node: the part of the config that has the parameters.
@@ -71,6 +74,8 @@ class Registry(_Registry):
         """
         self.check(name)
         entry = self.get(name)
-        if inspect.isclass(entry) and hasattr(entry, "from_config"):
-            return entry(**entry.from_config(node, **given))
-        return entry
+        if not inspect.isclass(entry):
+            return entry
+        return (
+            entry(**entry.from_config(node, **given)) if hasattr(entry, "from_config") else entry()
+        )
