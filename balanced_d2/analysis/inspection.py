@@ -328,9 +328,9 @@ def _feature_balance(cfg: CfgNode, found: Inspection) -> List[Advice]:
     )
     is_on = cfg.MODEL.BALANCED_FPN.ENABLED
     text = (
-        f"feature balance ({key}, now {'on' if is_on else 'off'}) is made for such data, but on "
-        "Aquarium, which is such, it gained nothing: compare several runs with it and without "
-        "(docs/study.md)"
+        f"feature balance ({key}, now {'on' if is_on else 'off'}) is made for such data: it "
+        "helped on generated shapes, not on photographs of fish (docs/study.md); compare several "
+        "runs with it and without"
     )
     return [Advice(figure, text)]
 
