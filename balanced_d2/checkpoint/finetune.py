@@ -92,8 +92,8 @@ def num_classes(state: State, config: str = "") -> Optional[int]:
     """
     for predictor in ("box_predictor", "box_predictor.0"):
         scores = state.get(f"roi_heads.{predictor}.cls_score.weight")
-        stated = _num_classes_in(config)
-        if scores is not None and stated is not None:
+        stated = _num_classes_in(config) if scores is not None else None
+        if stated is not None:
             return stated
         counts = state.get(f"roi_heads.{predictor}{_COUNTS}")
         if counts is not None:  # of Seesaw loss, which may have more rows of scores

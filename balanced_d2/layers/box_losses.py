@@ -5,7 +5,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from balanced_d2.utils.errors import UserError
-from balanced_d2.utils.registry import Registry
+from balanced_d2.utils.registry import Registry, name_of
 
 BoxRegLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Predicted and wanted box deltas of R foreground boxes, (R, 4) each, to losses, (R, 4) or (R,)."""
@@ -40,8 +40,8 @@ def box_reg_losses(loss: BoxRegLoss, deltas: torch.Tensor, targets: torch.Tensor
     losses = loss(deltas, targets)
     if losses.shape[:1] != deltas.shape[:1]:
         raise UserError(
-            f"the regression loss {getattr(loss, '__name__', type(loss).__name__)} returned the "
-            f"shape {tuple(losses.shape)} for the deltas of {len(deltas)} boxes; it must not be "
+            f"the regression loss {name_of(loss)} returned the shape "
+            f"{tuple(losses.shape)} for the deltas of {len(deltas)} boxes; it must not be "
             f"reduced: ({len(deltas)}, 4) or ({len(deltas)},) is needed"
         )
     return losses

@@ -22,6 +22,7 @@ from balanced_d2.layers.sampling import (
 )
 from balanced_d2.utils.errors import UserError
 from balanced_d2.utils.mix_in import check_order
+from balanced_d2.utils.registry import name_of
 
 # On a GPU, every how many iterations the counts are logged: as often as Detectron2 writes its log.
 COUNT_PERIOD = 20
@@ -273,8 +274,8 @@ def _sample(
         if isinstance(indices, torch.Tensor):
             got = f"{indices.dtype} of shape {tuple(indices.shape)}"
         raise UserError(
-            f"the sampler {getattr(sampler, '__name__', type(sampler).__name__)} returned {got}; "
-            f"it has to return indices, torch.int64 of one dimension, here at most {most}"
+            f"the sampler {name_of(sampler)} returned {got}; it has "
+            f"to return indices, torch.int64 of one dimension, here at most {most}"
         )
     return indices
 

@@ -9,6 +9,11 @@ from fvcore.common.registry import Registry as _Registry
 from balanced_d2.utils.errors import UserError
 
 
+def name_of(entry: Any) -> str:
+    """What messages call a function or an object: its name, or that of its class."""
+    return getattr(entry, "__name__", type(entry).__name__)
+
+
 class Registry(_Registry):
     """The entries that a config key can choose from, of this project and of its users.
 
