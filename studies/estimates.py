@@ -1,12 +1,15 @@
 """Means over seeds and paired differences, with Student's confidence intervals."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
+
+Values = Dict[Any, float]
+"""A metric of each run, by its seed or by what else says which runs of two rows are a pair."""
 
 
 class Estimate(NamedTuple):
@@ -53,7 +56,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     )
 
 
-def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Difference]:
+def difference(row: Values, other: Values) -> Optional[Difference]:
     """The gain of a row over another; None if they have no seed in common or there are no such
     objects."""
     differences = paired(row, other)
@@ -68,9 +71,9 @@ def difference(row: Dict[int, float], other: Dict[int, float]) -> Optional[Diffe
     return Difference(*estimate(differences), p)
 
 
-def paired(row: Dict[int, float], other: Dict[int, float]) -> List[float]:
-    """The differences of a row from another, of the seeds that both have."""
-    return [row[seed] - other[seed] for seed in sorted(row.keys() & other.keys())]
+def paired(row: Values, other: Values) -> List[float]:
+    """The differences of a row from another, of the runs that are a pair."""
+    return [row[key] - other[key] for key in row if key in other]
 
 
 def holm(p_values: Sequence[float]) -> List[float]:
@@ -84,14 +87,14 @@ def holm(p_values: Sequence[float]) -> List[float]:
     return corrected.tolist()
 
 
-def effect_size(row: Dict[int, float], other: Dict[int, float]) -> float:
+def effect_size(row: Values, other: Values) -> float:
     """The mean of the differences paired by seed, in their standard deviations (Cohen's d_z)."""
     differences = paired(row, other)
     deviation = np.std(differences, ddof=1) if len(differences) > 1 else 0.0
     return float(np.mean(differences) / deviation) if deviation > 0 else float("nan")
 
 
-def detectable(row: Dict[int, float], other: Dict[int, float]) -> float:
+def detectable(row: Values, other: Values) -> float:
     """The true difference that the two-sided paired t-test at 0.05, not corrected, finds four times
     in five, with as many seeds as there are, and differences that vary as these do."""
     differences = paired(row, other)

@@ -5,7 +5,7 @@ Run from the project's root: python -m studies.table. Prints the mean of every m
 confidence interval; the difference from the plain row or another, paired by seed, with its interval
 and the p-value of Student's paired t-test; of AP or another metric, the p-value corrected for the
 number of rows (Holm), the effect size, and the difference that so many seeds would show; and what
-each row costs.
+each row costs. With --together, also the differences in all data, paired by data and seed.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections import defaultdict
 from math import isnan
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 # First, so that importing Detectron2 is quiet.
 from balanced_d2.utils.errors import UserError, check_choice, report_user_errors
@@ -23,6 +23,7 @@ from balanced_d2.visualization.figure import COLORS, GREY, new_figure, place_pic
 from matplotlib.figure import Figure
 
 from studies.estimates import (
+    Values,
     detectable,
     difference,
     effect_size,
@@ -35,8 +36,8 @@ from studies.study import read_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 
-Results = Dict[str, Dict[int, Dict]]
-"""The line of each run by row and seed."""
+Results = Dict[str, Dict[Any, Dict]]
+"""The line of each run, by row and seed; of several data, by row and (data, seed)."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     if not lines:
         raise UserError(f"{args.results} has no results")
     compared = {}
+    together: Results = defaultdict(dict)
     names = args.data or list(dict.fromkeys(line["data"] for line in lines))
     for data in names:
         results: Results = defaultdict(dict)
@@ -74,13 +76,22 @@ def main(args: argparse.Namespace) -> None:
             print("\n".join(map(as_markdown_row, table)) + "\n")
         prefix = f"{data}: " if len(names) > 1 else ""
         compared.update({prefix + row: (results, row) for row in results})
+        for row in results:
+            together[row].update({(data, seed): line for seed, line in results[row].items()})
+    if args.together:
+        print(f"**{', '.join(names)} together**\n")
+        for table in (
+            gain_table(together, args.to),
+            power_table(together, args.to, args.primary),
+        ):
+            print("\n".join(map(as_markdown_row, table)) + "\n")
     if plot:
         save_figure(draw(compared, args.to, args.metrics), plot)
         print(f"picture: {plot}")
 
 
-def values(results: Results, row: str, metric: str) -> Dict[int, float]:
-    return {seed: line["results"][metric] for seed, line in results[row].items()}
+def values(results: Results, row: str, metric: str) -> Values:
+    return {key: line["results"][metric] for key, line in results[row].items()}
 
 
 def metrics_of(results: Results) -> List[str]:
@@ -213,6 +224,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--to", default="plain", metavar="ROW", help="the row to compare with")
     parser.add_argument(
         "--primary", default="AP", metavar="METRIC", help="whose p-values are corrected"
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="also compare the runs on all data at once"
     )
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gains")
     parser.add_argument(

@@ -281,6 +281,31 @@ def test_tables_and_picture(tmp_path):
     assert result.returncode == 2 and "has no results" in result.stderr
 
 
+def test_table_of_all_data_together(tmp_path):
+    """A run is paired with that of the same data: the gains are 1, 1, -7 and -7."""
+    lines = [
+        {
+            **{"data": data, "row": row, "seed": seed, "parameters": 1},
+            **{"seconds_per_iteration": 1.0, "peak_memory_mib": 1, "results": {"AP": ap}},
+        }
+        for data, row, ap in (
+            *(("bccd", "plain", 40.0), ("bccd", "all", 41.0)),
+            *(("shapes_1", "plain", 60.0), ("shapes_1", "all", 53.0)),
+        )
+        for seed in (1, 2)
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run_program("-m", "studies.table", results, "--together")
+    assert result.returncode == 0, result.stderr
+    together = result.stdout.split("**bccd, shapes_1 together**")[1]
+    # Student's t for three degrees of freedom: the quantile of 95 %, and the distribution at 1.3.
+    margin = 3.182 * math.sqrt(64 / 3) / 2
+    p = 1 - 2 / math.pi * (math.atan(0.75) + 0.75 / (1 + 0.75**2))
+    assert f"| all | -3.0 ± {margin:.1f} (p = {p:.3f}) |" in together
+    assert f"| all | 4 | {p:.3f} | " in together
+
+
 def test_inlier_shares(gradients):
     """By hand: the gradients of smooth L1 are 0.5, 1 and 1, those of L1 are 1, 1 and 1."""
     errors = torch.tensor([[0.5, -1.5, 3.0, 0.0]])
