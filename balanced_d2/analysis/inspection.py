@@ -328,9 +328,9 @@ def _feature_balance(cfg: CfgNode, found: Inspection) -> List[Advice]:
     )
     is_on = cfg.MODEL.BALANCED_FPN.ENABLED
     text = (
-        f"feature balance ({key}, now {'on' if is_on else 'off'}) is made for such data: it "
-        "helped on generated shapes, not on photographs of fish (docs/study.md); compare several "
-        "runs with it and without"
+        f"feature balance ({key}, now {'on' if is_on else 'off'}) is made for such data: without "
+        "ZERO_INIT it gained 1.1 ± 0.8 AP on generated shapes and 0.0 ± 0.7 on photographs of fish "
+        "(docs/study.md); compare several runs with it and without"
     )
     return [Advice(figure, text)]
 
@@ -366,8 +366,9 @@ def _negatives(cfg: CfgNode, found: Inspection) -> List[Advice]:
     if balanced.hard < random.hard + SMALL_SHARE:
         return [Advice(figure, f"{key} iou_balanced changes little here")]
     text = (
-        f"{key} iou_balanced trains on harder ones (with random sampling, the paper has 30 %), "
-        "which are often larger ones; with 56 and 74 %, it changed AP by 0.1 ± 1.0 (docs/study.md)"
+        f"{key} iou_balanced trains on harder ones (with random sampling, the paper has 30 %) at "
+        "no cost; with similar shares, it gained 0.8 ± 0.4 AP on generated shapes and 0.0 ± 0.5 on "
+        "photographs (docs/study.md)"
     )
     return [Advice(figure, text)]
 
