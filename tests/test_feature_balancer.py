@@ -271,3 +271,15 @@ def test_zero_init_starts_as_the_identity_and_learns():
         if x.shape[-1] >= 8:
             expected = x + balancer.scale * (without - x)
             assert torch.allclose(with_factor, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("refine_type", ["none", "conv", "non_local", "non_local_pooled"])
+def test_levels_keep_their_type_in_mixed_precision(refine_type):
+    """A factor in float32 would make all that follows compute in it, and twice the memory."""
+    balancer = FeatureBalancer(8, 1, refine_type, zero_init=True)
+    features = [torch.randn(1, 8, size, size, dtype=torch.bfloat16) for size in (16, 8, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        balanced = balancer(features)
+    assert {x.dtype for x in balanced} == {torch.bfloat16}
+    sum(x.float().sum() for x in balanced).backward()
+    assert balancer.scale.grad.dtype == torch.float32 and balancer.scale.grad.any()

@@ -115,7 +115,8 @@ class FeatureBalancer(nn.Module):
                 f"makes {tuple(balanced.shape)} of {tuple(mean.shape)}; it has to keep the shape"
             )
         if self.scale is not None:
-            balanced = balanced * self.scale
+            # In mixed precision, levels stay in the type that they have.
+            balanced = balanced * self.scale.to(balanced.dtype)
         return [
             *(add_nearest(x, balanced) for x in finer),
             refined + balanced,
