@@ -184,8 +184,11 @@ def as_markdown_row(cells: Sequence[str]) -> str:
 
 
 def draw(compared: Dict[str, Tuple[Results, str]], to: str, metrics: Sequence[str]) -> Figure:
-    """Draw the gains of each row, by its label: every seed, and the mean with its interval."""
-    compared = {label: pair for label, pair in compared.items() if pair[1] != to}
+    """Draw the gains of each row, by its label: every seed, and the mean with its interval. Of
+    several data, those of one row are together."""
+    rows = list(dict.fromkeys(row for _, row in compared.values()))
+    others = {label: pair for label, pair in compared.items() if pair[1] != to}
+    compared = dict(sorted(others.items(), key=lambda item: rows.index(item[1][1])))
     figure = new_figure(10, 0.4 * len(compared) + 1.3)
     all_axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)
     for axes, metric in zip(all_axes.flat, metrics):

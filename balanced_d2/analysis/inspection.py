@@ -367,7 +367,7 @@ def _negatives(cfg: CfgNode, found: Inspection) -> List[Advice]:
         return [Advice(figure, f"{key} iou_balanced changes little here")]
     text = (
         f"{key} iou_balanced trains on harder ones (with random sampling, the paper has 30 %) at "
-        "no cost; with similar shares, it gained 0.8 ± 0.4 AP on generated shapes and 0.0 ± 0.5 on "
+        "no cost; with similar shares, it gained 0.8 ± 0.4 AP on generated shapes and 0.1 ± 0.6 on "
         "photographs (docs/study.md)"
     )
     return [Advice(figure, text)]
