@@ -59,6 +59,10 @@ VARIANTS: Dict[str, Options] = {
     "all at once, averaged only": refined_by("none", ALL_AT_ONCE),
     "all at once, normalised pyramid": [*ALL_AT_ONCE, "MODEL.FPN.NORM", "GN"],
     "plain, normalised pyramid": ["MODEL.FPN.NORM", "GN"],
+    # What docs/study.md advises for objects of very different sizes, on the recommended configs.
+    "sampling and feature balance at once, averaged only": refined_by(
+        "none", [*SAMPLING, *AT_ONCE]
+    ),
 }
 CONFIG = "Aquarium/faster_rcnn_lite0_FPN_1x.yaml"
 
