@@ -8,6 +8,7 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,9 @@ from balanced_d2.engine import BalancedTrainer  # which registers everything
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, with their subprocesses
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# A script that starts the tests in the background has SIGINT ignored, here and in subprocesses.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
