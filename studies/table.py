@@ -66,25 +66,23 @@ def main(args: argparse.Namespace) -> None:
         results = {row: results[row] for row in (args.to, *rows)}
         for metric in (args.primary, *(args.metrics if plot else ())):
             check_choice(f"metric of {data}", metric, metrics_of(results))
-        print(f"**{data}**\n")
-        for table in (
+        print_tables(
+            data,
             mean_table(results),
             gain_table(results, args.to),
             power_table(results, args.to, args.primary),
             cost_table(results, args.to),
-        ):
-            print("\n".join(map(as_markdown_row, table)) + "\n")
+        )
         prefix = f"{data}: " if len(names) > 1 else ""
         compared.update({prefix + row: (results, row) for row in results})
         for row in results:
             together[row].update({(data, seed): line for seed, line in results[row].items()})
     if args.together:
-        print(f"**{', '.join(names)} together**\n")
-        for table in (
+        print_tables(
+            f"{', '.join(names)} together",
             gain_table(together, args.to),
             power_table(together, args.to, args.primary),
-        ):
-            print("\n".join(map(as_markdown_row, table)) + "\n")
+        )
     if plot:
         save_figure(draw(compared, args.to, args.metrics), plot)
         print(f"picture: {plot}")
@@ -177,6 +175,12 @@ def cost_table(results: Results, to: str) -> List[List[str]]:
             ]
         )
     return table
+
+
+def print_tables(title: str, *tables: List[List[str]]) -> None:
+    print(f"**{title}**\n")
+    for table in tables:
+        print("\n".join(map(as_markdown_row, table)) + "\n")
 
 
 def as_markdown_row(cells: Sequence[str]) -> str:
